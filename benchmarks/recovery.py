@@ -39,10 +39,10 @@ from shoal.artifacts.evaluation import Scores, TaskScore
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json, write_text, written_folder
-from shoal.eval.compare.standings import correlations, weighted_sum
 from shoal.machine import device_name
 from shoal.models.resolve import convert_gguf, resolve_model
-from shoal.stats.paired import kept_influences, retention
+from shoal.stats.means import mean_share
+from shoal.stats.paired import retention
 from shoal.yaml_text import read_yaml
 
 HERE = Path(__file__).parent
@@ -218,11 +218,7 @@ def rows_of(
         told = {key: getattr(own[task], key) for key in TOLD}
         shares = {"kept": share.value, "kept_low": share.ci_low, "kept_high": share.ci_high}
         yield {"column": column, "task": task, **told, **shares}
-    limits: Any = [(share.value, share.ci_low, share.ci_high) for share in kept.values() if share.ci_low is not None]
-    if len(limits) == len(tasks) > 1:
-        influences = [kept_influences(teacher[task], own[task]) for task in tasks]
-        together = correlations([own[task] for task in tasks], influences)
-        mean = weighted_sum([1 / len(limits)] * len(limits), limits, together)
+    if len(tasks) > 1 and (mean := mean_share(teacher, own, {task: 1 / len(tasks) for task in tasks})):
         shares = {"kept": mean.value, "kept_low": mean.ci_low, "kept_high": mean.ci_high}
         yield {"column": column, "task": "mean", **shares}
 

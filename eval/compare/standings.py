@@ -8,31 +8,20 @@ of that, everything ranks.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from shoal.artifacts.evaluation import Interval, Scores, TaskScore
-from shoal.stats.intervals import Array, combined
-from shoal.stats.paired import (
-    form_gap,
-    form_influences,
-    kept_change,
-    kept_influences,
-    no_retention,
-    share_items,
-    shared_luck,
-)
+from shoal.stats.means import TaskScores, correlations, mean_change, weighted_sum
+from shoal.stats.paired import form_gap, form_influences, share_items
 from shoal.task_words import COLUMNS, PROTOCOLS
 
 from .compare import Cell, Model, RunComparison, teacher_of
 
 HEADLINE = ("twin", "out", "public")
 """Columns outside the form of the training text."""
-TaskScores = Mapping[str, TaskScore]
-"""Scores by task name."""
 CONTROLLED = {"form learnt": ("teacher", "control"), "still lost": ("control", "distilled")}
 """What a control tells -> roles before and after."""
 
@@ -121,11 +110,7 @@ def controls(comparison: RunComparison, groups: Groups) -> dict[tuple[str, str],
 
 
 def mean_kept(cells: Sequence[Cell], weights: Mapping[str, float]) -> Interval | None:
-    """The mean retention by ``weights`` of tasks, with the interval that theirs add up to; None where one has none.
-
-    Limits are added as squares. Tasks that ask the same items in another way err together; their correlation is taken
-    from the items' own influences.
-    """
+    """The mean retention by ``weights`` of tasks, with the interval that theirs add up to; None where one has none."""
     cells = [cell for cell in cells if cell.score.task in weights]
     kept = [cell.kept for cell in cells if cell.kept is not None and cell.kept.value is not None]
     if not cells or len(kept) < len(cells):
@@ -148,22 +133,6 @@ def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standi
     return Standing(model, mean_kept(model.cells, groups.weights), against, kept, mean_form_gap(scores, groups))
 
 
-def mean_change(
-    teacher: TaskScores, before: TaskScores, after: TaskScores, weights: Mapping[str, float]
-) -> Interval | None:
-    """The weighted change of the share kept of ``teacher``; None where there is no share to keep.
-
-    Distances to the ends of the tasks' intervals are added like standard errors (MOVER: Zou and Donner 2008, Statistics
-    in Medicine 27:1693), so what holds for few items on one task holds for the sum. Tasks that share items: see
-    mean_kept.
-    """
-    if not weights or any(no_retention(teacher[task]) for task in weights):
-        return None
-    changes = [kept_change(teacher[task], before[task], after[task]) for task in weights]
-    influences = [kept_influences(teacher[task], after[task], before[task]) for task in weights]
-    return weighted_sum(list(weights.values()), changes, correlations([before[task] for task in weights], influences))
-
-
 def mean_form_gap(scores: TaskScores, groups: Groups) -> Interval | None:
     """The mean form gap over the twins of ``groups``; None where there are none."""
     usable = {task.task: task for tasks in groups.tasks.values() for task in tasks}
@@ -178,16 +147,6 @@ def mean_form_gap(scores: TaskScores, groups: Groups) -> Interval | None:
     return weighted_sum([1 / len(gaps)] * len(gaps), limits, together)
 
 
-def correlations(scores: Sequence[TaskScore], influences: Sequence[Mapping[str, float]]) -> Array:
-    """How far estimates on several tasks err together, by how their items move them; 0 between abilities, where equal
-    ids mean nothing."""
-    found = np.eye(len(scores))
-    for i, j in itertools.combinations(range(len(scores)), 2):
-        if scores[i].ability == scores[j].ability:
-            found[i, j] = found[j, i] = shared_luck(influences[i], influences[j])
-    return found
-
-
 def by_task(evaluation: Scores) -> TaskScores:
     """The scores of an evaluation by task name."""
     return {task.task: task for task in evaluation.tasks}
@@ -196,12 +155,3 @@ def by_task(evaluation: Scores) -> TaskScores:
 def even_weights(tasks: Sequence[TaskScore]) -> dict[str, float]:
     """Weight by task, 1 in all."""
     return {task.task: 1 / len(tasks) for task in tasks}
-
-
-def weighted_sum(scales: Sequence[float], limits: Sequence[tuple[float, float, float]], correlation: Array) -> Interval:
-    """The sum of ``limits`` (value and ends), each times its positive scale."""
-    values_U3 = np.array(scales)[:, None] * np.array(limits)
-    values, lows, highs = values_U3.T.tolist()
-    low, value, high = combined(values, lows, highs, correlation).tolist()
-    # sums of equal shares in another order must stay equal, or rounding would rank
-    return Interval(round(value, 12), round(low, 12), round(high, 12))

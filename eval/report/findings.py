@@ -353,6 +353,7 @@ def results(run: Run, comparison: Comparison, headline: Sequence[str]) -> dict[s
         "drop": list(run.plan.drop) if run.plan else None,
         "roles": {role: {size: getattr(own, size) for size in SIZES} for role, own in evaluations},
         "headline": list(headline),
+        "decision": headline[-1].partition(":")[0].lower() if {"teacher", "pruned"} <= run.evaluations.keys() else None,
         "tasks": [task_result(row, has_signal=row.has_signal) for row in comparison.rows],
     }
 

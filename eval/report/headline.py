@@ -1,13 +1,18 @@
-"""The report's first sentences: what was cut, lost and regained. Claims rest on corrected p-values only."""
+"""The report's first sentences: what was cut, lost and regained, and what follows.
+
+Claims rest on intervals of means and on corrected p-values only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from shoal.artifacts.evaluation import ROLES
+from shoal.artifacts.evaluation import ROLES, Interval
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
+from shoal.stats.means import mean_change, mean_share
 
 from ..tasks.names import described_tasks, task_folders
 from .costs import speed_ratio
@@ -19,13 +24,13 @@ from .wording import (
     by_column,
     change_text,
     column_words,
-    difference_text,
     glance_text,
     glance_unit,
     identifier_text,
     named_or_counted,
+    points_text,
+    retention_text,
     task_name,
-    task_names,
 )
 
 CHANGES = {
@@ -35,35 +40,136 @@ CHANGES = {
     ("control", "distilled"): "Still lost",
 }
 """(before, after) -> name of the change between them. Where there is a control, what is missing is what it has."""
+OUTSIDE = ("twin", "out", "public")
+"""Columns outside the form of the training text."""
+KEPT = 0.9
+"""Share of what the full model has above chance that a model worth shipping keeps."""
 PROTOCOLS_DIFFER = 0.1
 """Difference in retention from which two ways of asking are both shown at the top."""
 
 
 def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
-    """A few plain sentences; better and worse are said only where the difference is significant."""
-    sentences = [_cut(run)]
-    roles = run.evaluations
-    columns = by_column(row for row in comparison.rows if row.has_signal)
-    for column, rows in columns.items():
-        told = [_still_missing(rows), _against_control(rows)]
-        if column == "in":
-            told.insert(1, _learnt_by_control(rows))
-        if column != "in" or not told[0] or len(columns) == 1:  # else it stands beside what counts: tables tell more
-            told = [_lost(rows), _came_back(rows), *told]
-        said = " ".join(filter(None, told))
-        sentences.append(f"{heading(column_words(column))}: {said}" if said and any(columns) else said)
-    if "distilled" in roles:
-        sentences += [_form_gaps(comparison.rows), _nothing_outside(comparison.rows)]
-    if not roles:
-        sentences.append("No ability has been evaluated yet, so nothing is said here about what was lost.")
-    silent = [row for row in comparison.rows if not row.has_signal]
-    left_out = "One task is" if len(silent) == 1 else f"{len(silent)} tasks are"
-    if silent and len(roles) > 1:
-        sentences.append(
-            f"{left_out} left out of these sentences because the intact model is not shown to be "
-            "above chance there (see “No signal here”)."
+    """At most five sentences: what was cut, what that lost, what training brought back outside the trained form, what
+    is still lost beside the control, and what follows. Tables tell of single tasks."""
+    rows = [row for row in comparison.rows if row.has_signal and len(row.scores) > 1]
+    outside = [row for row in rows if row.column in OUTSIDE] or [row for row in rows if not row.column]
+    if "distilled" not in run.evaluations:  # no text has trained a form
+        outside = rows
+    if not run.evaluations:
+        return _cut(run), "No ability has been evaluated yet, so nothing is said here about what was lost."
+    shares = Shares.of(outside)
+    told = (_cut(run), _lost(shares), _came_back(shares), _still_lost(shares), decision(run, comparison.rows, shares))
+    return tuple(sentence for sentence in told if sentence)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What models keep of the teacher's score above chance, over the tasks outside the trained form that have a chance
+    level and on which the teacher is clear of it; by role, and the changes between roles."""
+
+    rows: tuple[Row, ...]
+    kept: dict[str, Interval]
+    changes: dict[tuple[str, str], Interval]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Shares:
+        """Those of ``rows``, each task once."""
+        has_all = (row for row in rows if row.retained and all(own.value is not None for own in row.retained.values()))
+        tasks = tuple({row.any_score.task: row for row in has_all}.values())
+        roles = [role for role in ROLES if tasks and all(role in row.scores for row in tasks)]
+        by_role = {role: {row.any_score.task: row.scores[role] for row in tasks} for role in roles}
+        weights = {row.any_score.task: 1 / len(tasks) for row in tasks}
+        own = {role: mean_share(by_role["teacher"], by_role[role], weights) for role in roles if role != "teacher"}
+        pairs = [pair for pair in (("pruned", "distilled"), ("distilled", "control")) if {*pair} <= {*roles}]
+        changes = {
+            (first, then): mean_change(by_role["teacher"], by_role[first], by_role[then], weights)
+            for first, then in pairs
+        }
+        return cls(
+            tasks,
+            {role: share for role, share in own.items() if share is not None},
+            {pair: change for pair, change in changes.items() if change is not None},
         )
-    return tuple(sentence for sentence in sentences if sentence)
+
+
+def _lost(shares: Shares) -> str:
+    if (kept := shares.kept.get("pruned")) is None:
+        return ""
+    least = min(shares.rows, key=lambda row: row.retained["pruned"].value or 0.0)
+    told = f", and least on {task_name(least)} ({retention_text(least.retained['pruned'])})"
+    return (
+        f"Without training the cut model keeps {retention_text(kept)} of what the teacher has above chance on "
+        f"{_tasks(shares)}{told if len(shares.rows) > 1 else ''}."
+    )
+
+
+def _came_back(shares: Shares) -> str:
+    if (kept := shares.kept.get("distilled")) is None:
+        return ""
+    change = shares.changes.get(("pruned", "distilled"))
+    gain = f": {points_text((change.value, change.ci_low, change.ci_high), 0)}" if change else ""
+    if change is not None and change.ci_low <= 0:
+        return f"Training brings nothing back that is clear of chance{gain}."
+    told = "After training it has more than the teacher" if kept.value > 1 else None
+    return f"{told or f'Training brings that to {retention_text(kept)}'}{gain}."
+
+
+def _still_lost(shares: Shares) -> str:
+    if "distilled" not in shares.kept:
+        return ""
+    if (change := shares.changes.get(("distilled", "control"))) is None:
+        return (
+            "No control was trained (eval.control), so how much of that the training text would teach any model is not "
+            "known."
+        )
+    told = points_text((change.value, change.ci_low, change.ci_high), 0)
+    if change.ci_low > 0:
+        return f"The control, the uncut model after the same training, has {told} more: that much is still lost."
+    return f"Beside the control, the uncut model after the same training ({told}), nothing is clearly still lost."
+
+
+def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
+    """What follows, by rules. Tasks outside the trained form decide, or all where nothing was trained.
+
+    Ship: no task is clearly worse than the teacher's, the control has not clearly 1 - KEPT more, and the lower end of
+    the mean share kept is KEPT or more. Not enough items: only that interval holds KEPT. Else train longer where
+    training has clearly brought something back, and cut fewer layers where it has not.
+    """
+    role = _smallest(run.evaluations)
+    if role is None or "teacher" not in run.evaluations:
+        return ""
+    if not shares.rows or (kept := shares.kept.get(role)) is None:
+        return (
+            _nothing_outside(rows)
+            or "Not enough to say: on no task that has a chance level is the teacher clear of it."
+        )
+    told = {row.key for row in shares.rows}
+    watched = [row for row in rows if row.key in told or (row.column in OUTSIDE and row.has_signal)]
+    worse = [row for row in watched if row.verdict("teacher", role) == "worse"]
+    lost = shares.changes.get(("distilled", "control"))
+    if worse:
+        why = f"clearly worse than the teacher on {named_or_counted(worse)}"
+    elif lost and lost.ci_low > 1 - KEPT:
+        why = "the control has clearly more"
+    elif kept.ci_high < KEPT:
+        why = f"less than {100 * KEPT:.0f} % is kept"
+    elif kept.ci_low < KEPT:
+        both = f"what is kept may be more or less than {100 * KEPT:.0f} %"
+        return f"Not enough items to say: {both}; score more of them (eval.limit) before you ship."
+    else:
+        return f"Ship: at least {100 * KEPT:.0f} % is kept, and no task outside the trained form is clearly worse."
+    if role == "pruned":
+        return f"Train it: {why}."
+    gain = shares.changes.get(("pruned", "distilled"))
+    if gain and gain.ci_low > 0:
+        return f"Train longer, or cut fewer layers: {why}; training has brought something back so far."
+    return f"Cut fewer layers: {why}; training has brought nothing back that is clear of chance."
+
+
+def _tasks(shares: Shares) -> str:
+    count = len(shares.rows)
+    where = " outside the trained form" if all(row.column in OUTSIDE for row in shares.rows) else ""
+    return f"{count} {'task' if count == 1 else 'tasks'}{where}"
 
 
 def board(run: Run, comparison: Comparison) -> dict[str, Any] | None:
@@ -154,84 +260,10 @@ def _cut(run: Run) -> str:
     if teacher and small:
         before, after = teacher.num_parameters, run.evaluations[small].num_parameters
         sentence += f", which takes the model from {count_text(before)} to {count_text(after)} parameters"
+    size = run.numerics.get("size", 1)
+    small_run = f"This run took {100 * size:.0f} % of its recipe's tokens and items." if size < 1 else ""
     changed = f"Changed{'' if drop else f' in {run.model}'}: {listed(changes)}." if changes else ""
-    return " ".join([*([f"{sentence}."] if drop or not changes else []), *([changed] if changed else [])])
-
-
-def _lost(rows: Sequence[Row]) -> str:
-    worse, better, unclear = _sorted_by_verdict(rows, ("teacher", "pruned"))
-    total = len(worse) + len(better) + len(unclear)
-    if not total:
-        return ""
-    if len(worse) == total:
-        return f"Cutting made {f'all {total} scores' if total > 1 else task_names(worse)} worse."
-    told = f": {task_names(worse)}" if 0 < len(worse) <= MAX_NAMES else ""
-    return _sentence(
-        f"Cutting made {len(worse)} of {total} scores worse{told}",
-        ("better: ", better),
-        ("no clear change: ", unclear),
-    )
-
-
-def _came_back(rows: Sequence[Row]) -> str:
-    worse, better, unclear = _sorted_by_verdict(rows, ("pruned", "distilled"))
-    total = len(worse) + len(better) + len(unclear)
-    if not total:
-        return ""
-    first = "Distilling made no score clearly better than that of the cut model"
-    if better:
-        which = f"all {total}" if len(better) == total else f"{len(better)} of {total}"
-        scores = f"{which} scores better than those" if total > 1 else f"{task_names(better)} better than that"
-        first = f"Distilling made {scores} of the cut model"
-    return _sentence(first, ("worse: ", worse), ("no clear change: ", unclear))
-
-
-def _still_missing(rows: Sequence[Row]) -> str:
-    worse, better, unclear = _sorted_by_verdict(rows, ("teacher", "distilled"))
-    parts = (("still worse on ", worse), ("not clearly different on ", unclear), ("better on ", better))
-    first, *others = [f"{how}{named_or_counted(some)}" for how, some in parts if some] or [""]
-    learnt = ", which is more than the teacher has: the form of the questions was learnt"
-    ending = learnt if better and all(row.column == "in" for row in better) else ""
-    against = "the teacher and the control" if _is_alike(rows) else "the teacher"
-    return f"Against {against}, the distilled model is {'; '.join((first, *others))}{ending}." if first else ""
-
-
-def _is_alike(rows: Sequence[Row]) -> bool:
-    """Whether the distilled model stands to the control as it stands to the teacher."""
-    verdicts = [[row.verdict(role, "distilled") for row in rows] for role in ("teacher", "control")]
-    return verdicts[0] == verdicts[1]
-
-
-def _against_control(rows: Sequence[Row]) -> str:
-    """What training does not bring back although the intact model, trained alike, has it."""
-    worse, better, unclear = _sorted_by_verdict(rows, ("control", "distilled"))
-    if _is_alike(rows) or not (worse or better or unclear):
-        return ""
-    first = f"still lost: {named_or_counted(worse)}" if worse else "nothing is clearly still lost"
-    return _sentence(f"Against the control, {first}", ("better than it: ", better))
-
-
-def _learnt_by_control(rows: Sequence[Row]) -> str:
-    """How much of what is more than the teacher has the intact model learnt, trained alike."""
-    better = [row for row in rows if row.verdict("teacher", "distilled") == "better"]
-    told = [
-        f"{task_names([row])} {change_text(row, 'teacher', 'control')}" for row in better if "control" in row.scores
-    ]
-    return f"Of that the control, the uncut teacher trained alike, learnt: {_first_of(told)}." if told else ""
-
-
-def _form_gaps(rows: Sequence[Row]) -> str:
-    """Where the distilled model does better in the trained form than in its twin, and the teacher does not."""
-    twins = [row for row in rows if row.has_signal and row.form and "distilled" in row.form.growth]
-    told = []
-    for row in twins:
-        if row.form and row.form.is_learnt("distilled"):
-            roles = (row.form.gaps[role] for role in ("distilled", "teacher"))
-            own, teachers = (difference_text(gap, row.any_score, glance=True) for gap in roles)
-            told.append(f"{task_names([row])} {own}, of the teacher {teachers}")
-    if not told:
-        return "No form gap is clearly larger than the teacher's." if twins else ""
-    return f"Form gap, which is the score in the trained form minus that of its twin: {_first_of(told)}."
+    return " ".join(filter(None, [f"{sentence}." if drop or not changes else "", changed, small_run]))
 
 
 def _nothing_outside(rows: Sequence[Row]) -> str:
@@ -244,23 +276,9 @@ def _nothing_outside(rows: Sequence[Row]) -> str:
     twins = [name for name, (data, protocol) in described.items() if data.twin_under(protocol) in evaluated]
     would = listed([*(twins[:MAX_NAMES] or ["twins of these tasks"]), "public benchmarks"])
     return (
-        "Nothing here was measured outside the form that training text may have, so what came back may be the form "
-        f"alone; {would} would tell."
+        "Not enough to say: nothing was measured outside the form that training text may have, so what came back may "
+        f"be the form alone; {would} would tell."
     )
-
-
-def _first_of(told: Sequence[str]) -> str:
-    more = [f"and {len(told) - MAX_NAMES} more"] if len(told) > MAX_NAMES else []
-    return "; ".join([*told[:MAX_NAMES], *more])
-
-
-def _sentence(first: str, *others: tuple[str, Sequence[Row]]) -> str:
-    return "; ".join([first, *(f"{how}{named_or_counted(rows)}" for how, rows in others if rows)]) + "."
-
-
-def _sorted_by_verdict(rows: Sequence[Row], pair: tuple[str, str]) -> list[list[Row]]:
-    """Rows that are worse, better, and not clearly either."""
-    return [[row for row in rows if row.verdict(*pair) == verdict] for verdict in ("worse", "better", "unclear")]
 
 
 def _smallest(roles: Collection[str]) -> str | None:

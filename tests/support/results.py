@@ -166,7 +166,7 @@ NATS = (
 def quickstart(role: str) -> Scores:
     """An evaluation with the numbers of README's table."""
     place = tuple(SKILL).index(role)
-    tasks = [_counted(role, *how, right[place]) for *how, right in QUICKSTART]  # pyright: ignore[reportCallIssue]
+    tasks = [counted(role, *how, right[place]) for *how, right in QUICKSTART]  # pyright: ignore[reportCallIssue]
     tasks += [_spread(role, *how, mean[place]) for *how, mean in NATS]  # pyright: ignore[reportCallIssue]
     layers = 30 if role == "teacher" else 24
     parameters = 134_515_008 - (30 - layers) * 3_540_096
@@ -202,7 +202,7 @@ def formed(role: str, columns: Collection[str] = ("in", "twin", "out", "public",
     """An evaluation in which the distilled model has learnt the form of look-ups, and a control as well."""
     place, tasks = FORMED_ROLES.index(role), []
     for name, ability, protocol, chance, column, twin_of, right in FORMED:
-        made = _counted(role, name, ability, protocol, chance, 100, right[place])
+        made = counted(role, name, ability, protocol, chance, 100, right[place])
         tasks.append(replace(made, column=column, twin_of=twin_of))
     for name, ability, protocol, column, twin_of, mean in FORMED_NATS:
         made = _spread(role, name, ability, protocol, 100, mean[place])
@@ -244,7 +244,7 @@ def write_quickstart(folder: Path) -> Path:
     return folder
 
 
-def _counted(role: str, name: str, ability: str, protocol: str, chance: float, n: int, right: int) -> TaskScore:
+def counted(role: str, name: str, ability: str, protocol: str, chance: float, n: int, right: int) -> TaskScore:
     """The first ``right`` items of an order of its own are right; of generated text some loop or are cut off."""
     order = random.Random(name).sample(range(n), n)
     looping = {"pruned": 0.6, "distilled": 0.25}.get(role, 0.1) if protocol == "generation" else None

@@ -2,4 +2,5 @@
 
 intervals  in closed form
 paired     intervals, paired tests, retention
+means      of shares kept, over tasks
 """

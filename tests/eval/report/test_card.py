@@ -83,7 +83,7 @@ def test_the_trained_form_has_a_table_of_its_own_and_gaps_and_control_are_told(t
     trained = next(line for line in inside.splitlines() if line.startswith("| retrieval, generated |"))
     assert "more than the teacher" in trained
     assert "more of the form" in inside
-    assert "Form gap" in opening
+    assert "that much is still lost" in opening
     gaps = card.split("### Form and ability")[1].split("\n## ")[0]
     assert "| retrieval, generated | +4 points [−10, +18], 64 % − 60 % | " in gaps
     assert "What the control learnt, the uncut teacher trained alike" in card

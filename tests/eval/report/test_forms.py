@@ -10,36 +10,7 @@ import pytest
 from results import FORMED_ROLES, formed, write_formed
 from told_report import told
 
-from shoal.eval.report.findings import compare
-from shoal.eval.report.headline import headline
-from shoal.eval.report.run import read_run
-
 LOOK_UPS = ("retrieval_generation", "retrieval_twin_generation")
-
-
-def sentences(folder: Path) -> dict[str, str]:
-    """The headline's sentences by what they are of."""
-    run = read_run(folder)
-    return dict(told.split(": ", 1) for told in headline(run, compare(run)) if ": " in told)
-
-
-def test_the_headline_tells_the_columns_apart_and_what_was_learnt_of_the_form(tmp_path: Path) -> None:
-    said = sentences(write_formed(tmp_path))
-    assert [*said][:4] == ["Twin forms", "Untrained abilities", "Public benchmarks", "Trained form"]
-    assert said["Twin forms"].startswith("Cutting made all 3 scores worse. Distilling made all 3 scores better")
-    assert "Against the teacher and the control, the distilled model is still worse on" in said["Twin forms"]
-    assert said["Trained form"].startswith("Against the teacher, the distilled model is still worse on knowledge")
-    learnt = (
-        "better on retrieval (generated) and reasoning (worked answers), which is more than the teacher has: the form"
-    )
-    assert f"{learnt} of the questions was learnt." in said["Trained form"]
-    assert (
-        "uncut teacher trained alike, learnt: retrieval (generated) ▲ +36 points [+27, +46]; " in said["Trained form"]
-    )
-    assert said["Trained form"].endswith("Against the control, still lost: knowledge (option text).")
-    gap = said["Form gap, which is the score in the trained form minus that of its twin"]
-    assert gap.startswith("retrieval (twin, generated) +54 points [+43, +63], of the teacher +4 points [−10, +18]; ")
-    assert "knowledge" not in gap
 
 
 def test_form_gaps_are_in_the_table_of_forms_and_more_than_the_teacher_is_no_share(tmp_path: Path) -> None:
