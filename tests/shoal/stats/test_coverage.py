@@ -20,10 +20,11 @@ from shoal.compress.sweeps.atlas import depth_profile, protocol_gaps
 from shoal.compress.sweeps.columns import joint_change
 from shoal.compress.sweeps.table import table_of
 from shoal.eval.compare.compare import Cell
-from shoal.eval.compare.standings import Groups, even_weights, mean_change, mean_form_gap, mean_kept
+from shoal.eval.compare.standings import Groups, even_weights, mean_form_gap, mean_kept
 from shoal.eval.harness.rates import rate, rate_difference
 from shoal.eval.report.findings import FEW_ITEMS
 from shoal.stats import paired as ours
+from shoal.stats.means import mean_change
 
 Array = NDArray[np.float64]
 Held = tuple[str, float | None, float | None, float]
