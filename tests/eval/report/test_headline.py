@@ -1,4 +1,7 @@
-"""What a reader sees first claims what tests show and no more."""
+"""What a reader sees first claims what tests show and no more.
+
+Covers: shoal.stats.means.
+"""
 
 from __future__ import annotations
 
