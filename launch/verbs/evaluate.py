@@ -221,18 +221,16 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
     different runs would share a table, or have another model's name."""
     if folders.keys() & {"pruned", CONTROL, "distilled"}:
         for folder, asked in trainings(run, read_plan(run)).items():
-            model = folder / "distilled"
-            if model not in folders.values():
+            model, file = folder / "distilled", asked.path.name
+            told = asked.require().settings.get("distilled") if model in folders.values() else ""
+            if told is None:
+                why = f"cannot be checked: {file} beside it is of an older shoal, which did not note what it is"
+            elif told and told != model_fingerprint(model):
+                why = f"is not the model that {file} beside it tells of: its weights, configuration or tokenizer"
+                why += " are others"
+            else:
                 continue
-            told = asked.require().settings.get("distilled")
-            if told != model_fingerprint(model):
-                whose = "weights, configuration or tokenizer"
-                why = f"is not the model that {asked.path.name} beside it tells of: its {whose} are others"
-                if told is None:
-                    why = f"cannot be checked: {asked.path.name} beside it is of an older shoal, which notes no {whose}"
-                raise UserError(
-                    f"{model}: {why}; delete it, and `shoal distill` makes it again from the last checkpoint"
-                )
+            raise UserError(f"{model}: {why}; delete it, and `shoal distill` makes it again from the last checkpoint")
 
 
 def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:

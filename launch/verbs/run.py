@@ -376,6 +376,7 @@ def locked(run: Run) -> Iterator[None]:
         UserError: another living process holds it, it cannot be created, or as remember does.
     """
     new = [folder for folder in (run.dir, *run.dir.parents) if not folder.exists()]
+    traces = {LOCK, RECIPE}
     make_folder(run.dir)
     with only_process(run.dir / LOCK, f"run_dir {run.dir}", wait_s=LOCK_WAIT_S):
         try:
@@ -387,20 +388,20 @@ def locked(run: Run) -> Iterator[None]:
                 write_story(run)  # this stage and others go on with these sizes
             yield
         except UserError:
-            if run.dir.is_dir() and {file.name for file in run.dir.iterdir()} <= {LOCK, RECIPE, STORY}:
-                (run.dir / STORY).unlink(missing_ok=True)  # sizes of what was refused
+            traces.add(STORY)  # sizes of what was refused
             raise
         finally:
-            _leave_nothing(run, new)
+            _leave_nothing(run, traces, new)
 
 
-def _leave_nothing(run: Run, new: Sequence[Path]) -> None:
-    """Remove our traces where nothing was made, such as the ``new`` folders, innermost first, of a refused run with a
-    misspelt run_dir."""
+def _leave_nothing(run: Run, traces: set[str], new: Sequence[Path]) -> None:
+    """Remove our ``traces`` where nothing was made, such as the ``new`` folders, innermost first, of a refused run with
+    a misspelt run_dir."""
     folder = run.dir
     if not folder.is_dir():
         return
-    traces = {LOCK} if memory_in(folder) != run.memory else {LOCK, RECIPE}
+    if memory_in(folder) != run.memory:
+        traces = traces - {RECIPE}
     if {file.name for file in folder.iterdir()} <= traces:
         for name in traces:
             (folder / name).unlink(missing_ok=True)

@@ -6,17 +6,19 @@ AVX512-BF16, GPUs from Ampere on), and 5 to 60 times as slow where it has not, a
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -120,10 +122,44 @@ def refuse_crowd(ranks: int) -> None:
         raise UserError(f"num_processes: {ranks} ranks, and {places} {kind} for them here; set it to {places} or fewer")
 
 
+class Card(NamedTuple):
+    """What a GPU says of itself."""
+
+    name: str
+    capability: tuple[int, int]
+
+
+def card(index: int = 0) -> Card:
+    """The GPU ``index`` of those that this process sees; raises as _asked."""
+    name, (major, minor) = _asked("card", index)
+    return Card(name, (major, minor))
+
+
+@cache
+def _asked(question: str, about: int | str) -> Any:
+    """What a GPU answers: to a process of its own, unless this one is a rank or computes on the GPU already.
+
+    Whoever asks has a context on the GPU until its end. Ranks that are started from here would miss that memory, and
+    the whole GPU where it takes one process at a time.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    if torch.cuda.is_initialized() or "LOCAL_RANK" in os.environ:
+        return QUESTIONS[question](about)
+    command = [sys.executable, "-m", "shoal.machine", question, json.dumps(about)]
+    safe = {**os.environ, "PYTHONSAFEPATH": "1"}
+    told = subprocess.run(command, env=safe, capture_output=True, text=True, check=False)
+    if told.returncode != 0:
+        reason = (told.stderr.strip().splitlines() or [f"exit code {told.returncode}"])[-1]
+        raise UserError(f"device: the GPU does not answer: {reason}; see `nvidia-smi`, or set device: cpu")
+    return json.loads(told.stdout)
+
+
 def device_name(device: torch.device) -> str:
     """Name of ``device``; for a CPU as Linux gives it, with its instructions for bfloat16."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return card(device.index or 0).name
     if device.type != "cpu":
         return device.type
     facts = _processor()
@@ -139,7 +175,7 @@ def bfloat16_instructions(device: torch.device) -> str:
     machine hides AMX.
     """
     if device.type == "cuda":
-        return "tensor cores" if torch.cuda.is_bf16_supported(including_emulation=False) else ""
+        return "tensor cores" if torch.version.hip or card(device.index or 0).capability >= (8, 0) else ""
     if device.type != "cpu":
         return "instructions"
     facts = _processor()
@@ -182,7 +218,7 @@ def fast_dtype(device: torch.device) -> Choice:
     name = device_name(device)
     if bfloat16_instructions(device):
         return Choice("bfloat16", f"{name} multiplies fast in bfloat16")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+    if device.type == "cuda" and card(device.index or 0).capability >= (7, 0):
         return Choice("float16", f"{name} multiplies fast in float16 and not in bfloat16")
     return Choice("float32", f"{name} does not multiply fast in bfloat16")
 
@@ -214,6 +250,8 @@ def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     against. Of a GPU that is known the data sheet's, which asks nothing of the GPU; of others measured."""
     if sheet := data_sheet(device):
         return sheet.float32 if dtype == torch.float32 else sheet.half
+    if device.type == "cuda":
+        return _asked("rate", str(dtype).removeprefix("torch."))
     return _product_rate(device.type, dtype) * (num_cores() if device.type == "cpu" else 1)
 
 
@@ -231,3 +269,13 @@ def _product_rate(kind: str, dtype: torch.dtype) -> float:
     finally:
         torch.set_num_threads(threads)
     return 2 * size**3 / min(seconds)
+
+
+QUESTIONS = {
+    "card": lambda index: Card(torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)),
+    "rate": lambda dtype: _product_rate("cuda", getattr(torch, dtype)),
+}
+"""What _asked asks a GPU."""
+
+if __name__ == "__main__":
+    print(json.dumps(QUESTIONS[sys.argv[1]](json.loads(sys.argv[2]))))

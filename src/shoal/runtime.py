@@ -24,6 +24,7 @@ from torch.distributed import distributed_c10d
 from transformers.utils import logging as transformers_logging
 
 from shoal.errors import UserError
+from shoal.machine import card
 from shoal.ranks import free_port, is_main, local_rank, loudness, rank, world_size
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ def environment() -> dict[str, Any]:
         "shoal": importlib.metadata.version("shoal"),
         "python": platform.python_version(),
         **packages,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": card(local_rank()).name if torch.cuda.is_available() else "cpu",
         "cpu_threads": torch.get_num_threads(),
         "world_size": world_size(),
     }

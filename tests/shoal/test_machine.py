@@ -34,16 +34,12 @@ def test_a_processor_multiplies_fast_in_bfloat16_by_its_instructions(
     assert bfloat16_instructions(CPU) == expected
 
 
-@pytest.mark.parametrize(
-    ("bfloat16", "capability", "expected"),
-    [(True, (8, 0), "bfloat16"), (False, (7, 5), "float16"), (False, (6, 1), "float32")],
-)
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), "bfloat16"), ((7, 5), "float16"), ((6, 1), "float32")])
 def test_a_gpu_computes_in_what_it_has_instructions_for(
-    monkeypatch: pytest.MonkeyPatch, bfloat16: bool, capability: tuple[int, int], expected: str
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
 ) -> None:
-    monkeypatch.setattr(machine, "bfloat16_instructions", lambda device: "tensor cores" * bfloat16)
-    monkeypatch.setattr(machine, "device_name", lambda device: "a card")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(machine, "card", lambda index: machine.Card("a card", capability))
+    monkeypatch.setattr(machine, "bfloat16_instructions", bfloat16_instructions)
     assert fast_dtype(DEVICE).dtype == expected
 
 
@@ -165,7 +161,7 @@ def test_a_gpu_is_known_by_its_name_and_then_not_measured(
     name: str, tflops: float | None, terabytes: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "device_name", lambda _: name)
-    monkeypatch.setattr(machine, "_product_rate", lambda kind, dtype: 1.0)
+    monkeypatch.setattr(machine, "_asked", lambda question, about: 1.0)
     sheet = machine.data_sheet(torch.device("cuda", 0))
     assert (sheet and sheet.half) == (tflops and tflops * 1e12)
     assert sheet is None or sheet.memory / 1e12 == terabytes

@@ -18,6 +18,7 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import AttentionInterface
 
+from shoal import machine
 from shoal.models import attention
 from shoal.models.packed_attention import VARLEN
 
@@ -123,7 +124,7 @@ def install_torchs_own(monkeypatch: pytest.MonkeyPatch, *, halves_only: bool = F
 
     monkeypatch.setattr(varlen, "varlen_attn", counted)
     monkeypatch.setattr(attention, "_is_installed", lambda name: name == VARLEN)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(machine, "card", lambda *_: machine.Card("a card", (9, 0)))
     return windows
 
 

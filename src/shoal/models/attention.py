@@ -24,10 +24,12 @@ from transformers.utils.import_utils import (
     is_torch_greater_or_equal,
 )
 
+from shoal import machine
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.families import family
 from shoal.models.packed_attention import VARLEN
+from shoal.ranks import local_rank
 
 DENSE = 1.8
 """Times that a training step with masks takes against one with flash kernels: computed for 8 billion weights and rows
@@ -131,7 +133,7 @@ def _is_installed(name: str) -> bool:
         has_kernels = torch.version.cuda is not None and torch.backends.cuda.is_flash_attention_available()
         return has_kernels and torch.cuda.is_available() and is_torch_greater_or_equal("2.13")
     if name == "flash_attention_3":
-        return is_flash_attn_3_available() and torch.cuda.get_device_capability()[0] == HOPPER
+        return is_flash_attn_3_available() and machine.card(local_rank()).capability[0] == HOPPER
     packages: dict[str, Callable[[], bool]] = {
         "flash_attention_2": is_flash_attn_2_available,
         "flash_attention_4": is_flash_attn_4_available,
@@ -149,7 +151,7 @@ def _lacks(name: str, config: PreTrainedConfig) -> str:
             return f"by torch's own kernels is not possible for {called}, which has no SDPA; {INSTALL_FLASH}"
         if '_attn_implementation == "sdpa"' in inspect.getsource(sys.modules[kind.__module__]):
             return f"by torch's own kernels is not possible for {called}, which does otherwise where SDPA has its name"
-        small = torch.cuda.get_device_capability() not in ABLE_GPUS
+        small = machine.card(local_rank()).capability not in ABLE_GPUS
         if small and (wrong := [size for size in _head_sizes(config) if size in NO_BACKWARD]):
             return (
                 f"by torch's own kernels has no gradients for heads of {wrong[0]} numbers on this GPU; {INSTALL_FLASH}"
@@ -191,7 +193,7 @@ def _in_the_way(config: PreTrainedConfig, precisions: Mapping[str, str]) -> Iter
     """Why flash kernels cannot be used on a CUDA GPU. What is quick to find out comes first."""
     if not torch.cuda.is_available():
         yield "needs a CUDA GPU, and torch finds none here"
-    if (capability := torch.cuda.get_device_capability())[0] < AMPERE:
+    if (capability := machine.card(local_rank()).capability)[0] < AMPERE:
         yield f"needs a GPU of compute capability {AMPERE}.0, and this one has {capability[0]}.{capability[1]}"
     if _model_class(config) is None:
         yield f"is not known to be possible for {config.model_type or type(config).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import pytest
 import torch
 
 import shoal
+from shoal import machine
 from shoal.errors import UserError
 from shoal.launch import cli
+from shoal.launch.verbs import pace
 from shoal.launch.verbs import run as verbs
-from shoal.launch.verbs.launch import rank_environment
+from shoal.launch.verbs.launch import LaunchEnded, rank_environment
+from shoal.machine import bfloat16_instructions
 from shoal.ranks import free_port
 
 SEEN = """import os, sys
@@ -77,3 +81,47 @@ def test_a_recipe_for_the_cpu_hides_every_gpu_while_it_runs_and_not_longer(
                 shoal.run("quickstart", f"device={device}")
         assert dict(os.environ) == before
     assert seen == ["", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", [pytest.param("run", marks=pytest.mark.prove), "measure"])
+def test_what_starts_ranks_leaves_every_gpu_to_them(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """A context of the process that waits would take memory, and all of a GPU in exclusive mode. This torch, made
+    without CUDA, refuses to make one."""
+    started, asked = [], []
+
+    def launch(verb: str, run: verbs.Run, **_: object) -> None:
+        told = json.loads((run.dir / "run.json").read_text(encoding="utf-8"))
+        started.append((verb, run.recipe.dtype, told["environment"]["device"]))
+        raise LaunchEnded(9)
+
+    def answers(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command[-2:])
+        told = ["a card without a data sheet", [9, 0]] if command[-2] == "card" else 1e15
+        return subprocess.CompletedProcess(command, 0, stdout=json.dumps(told), stderr="")
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(pace, "run_seconds", lambda run: machine.flops_per_second(gpu, torch.bfloat16))
+    monkeypatch.setattr(cli, "launch_ranks", launch)
+    monkeypatch.setattr(machine.subprocess, "run", answers)
+    monkeypatch.setattr(machine, "bfloat16_instructions", bfloat16_instructions)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: gpu)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    machine._asked.cache_clear()
+    settings = [f"run_dir={tmp_path / 'run'}", "max_minutes=9000", "eval.tasks=retrieval", "eval.limit=2"]
+    assert cli.run_verb(verb, str(teacher), settings) == 9
+    assert started == [("measure", "bfloat16", "a card without a data sheet")]
+    assert asked == [["card", "0"], ["rate", '"bfloat16"']]
+
+
+@pytest.mark.slow
+def test_a_gpu_that_does_not_answer_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    machine._asked.cache_clear()
+    with pytest.raises(UserError, match=r"device: the GPU does not answer: .*compiled with CUDA.*; see `nvidia-smi`"):
+        machine.card()

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, StableLmConfig
 
+from shoal import machine
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.inference.generation import write_after
@@ -63,7 +64,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU on which everything is installed."""
     flash_stand_in.install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(machine, "card", lambda *_: machine.Card("a card", (9, 0)))
 
 
 HALF = {"dtype": "bfloat16", "distill.precision": "float16"}
@@ -126,7 +127,7 @@ def test_torchs_own_kernels_are_taken_before_masks_where_they_serve(
     config: PreTrainedConfig, capability: tuple[int, int], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flash_stand_in.install_torchs_own(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(machine, "card", lambda *_: machine.Card("a card", capability))
     chosen = choose_attention("auto", config, GPU, HALF)
     assert (chosen.attention == "flash") == (not reason)
     assert (reason or f"torch has its own kernels, and {config.model_type} can use them") in chosen.reason
