@@ -4,15 +4,15 @@ GPU here; under one (`torchrun ... --module shoal.launch.cli doctor`) all nodes 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -43,16 +43,27 @@ LEAST_SHARE = {"cuda": 0.1, "cpu": 0.01}
 MOST_SPREAD = {"cuda": 1.3, "cpu": 3.0}
 """Times that the fastest rank may be as fast as the slowest: above that one is throttled or shared, as cores are."""
 STEPS = 20
+KERNELS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "flash_attn": lambda package, x: package.flash_attn_func(x, x, x, causal=True),
+    "liger_kernel.ops.rms_norm": lambda package, x: package.LigerRMSNormFunction.apply(x, x[0, 0, 0], 1e-6),
+    "bitsandbytes.functional": lambda package, x: package.dequantize_4bit(*package.quantize_4bit(x, quant_type="nf4")),
+}
+"""Module of kernels -> what is tried of it, with numbers of shape (B, S, H, D)."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One thing that was looked at."""
 
     what: str
     found: str
     expected: str
-    verdict: Literal["ok", "wrong", "not looked at"]
+    verdict: str
+    """One of VERDICTS."""
+    badness: float = 0.0
+    """What puts ranks of one verdict in order."""
+
+
+VERDICTS = ("ok", "not looked at", "wrong")
 
 
 def doctor(asked: argparse.Namespace) -> Any:
@@ -69,88 +80,66 @@ def doctor(asked: argparse.Namespace) -> Any:
     with loading():
         runtime.set_up_distributed(600)
     with doing("looking at this machine"):
-        rows = list(_rows(Path(asked.run_dir).expanduser()))
+        own = list(_rows(Path(asked.run_dir).expanduser()))
+        rows = [_worst(same) for same in zip(*runtime.together(lambda: own), strict=True)]
     runtime.leave_distributed()
     asked.exit_code = int(any(row.verdict == "wrong" for row in rows))
     if not is_main():
         return ""
-    cells = [("", "found", "expected", ""), *((row.what, row.found, row.expected, row.verdict) for row in rows)]
-    return [asdict(row) for row in rows] if asked.as_json else "\n".join(aligned(cells, left=range(4)))
+    told = [row[:4] for row in rows]
+    if asked.as_json:
+        return [dict(zip(Row._fields, row, strict=False)) for row in told]
+    return "\n".join(aligned([("", "found", "expected", ""), *told], left=range(4)))
 
 
 def _rows(run_dir: Path) -> Iterator[Row]:
     device = runtime.device()
-    yield _devices(device)
+    names = Counter(runtime.together(lambda: device_name(device)))
+    found = ", ".join(f"{count} x {name}" for name, count in names.items())
+    yield Row("devices", found, "one kind", "ok" if len(names) == 1 else "wrong")
     if device.type == "cuda":
         yield _row("bfloat16", "capability", torch.cuda.get_device_capability(device)[0], least=8)
         free = device_memory(device) / torch.cuda.get_device_properties(device).total_memory
         yield _row("GPU memory free", "share", free, least=LEAST_FREE)
     else:
         yield from (Row(what, NO_GPU, "", "not looked at") for what in ("bfloat16", "GPU memory free"))
-    yield from _kernels(device)
-    yield _row("host memory free", "GB a rank", _host_memory() / 1e9, least=LEAST_HOST / 1e9)
+    yield from (_kernel(package, device) for package in KERNELS)
+    here = runtime.together(socket.gethostname).count(socket.gethostname())
+    yield _row("host memory free", "GB a rank", available_memory() / here / 1e9, least=LEAST_HOST / 1e9)
     yield from _disk(run_dir)
     yield from _together(device)
     yield from _steps(device)
 
 
+def _worst(same: Sequence[Row]) -> Row:
+    """What the table says of what every rank has found: the worst of it, which is wrong where ranks differ."""
+    rank, worst = max(enumerate(same), key=lambda own: (VERDICTS.index(own[1].verdict), own[1].badness, -own[0]))
+    if len({(row.verdict, row.badness) for row in same}) > 1:
+        worst = worst._replace(found=f"{worst.found} (rank {rank})")
+    return worst if len({row.verdict for row in same}) == 1 else worst._replace(verdict="wrong")
+
+
 def _row(what: str, unit: str, found: float, *, least: float | None = None, most: float | None = None) -> Row:
-    """What the worst rank has of ``what``."""
-    own = runtime.together(lambda: (float(found), socket.gethostname()))
-    worst, host = min(own) if most is None else max(own)
-    is_well = worst <= most if most is not None else worst >= (least or 0)
-    place = f" ({host})" if len({name for _, name in own}) > 1 else ""
+    """What this rank has of ``what``."""
+    is_well = found <= most if most is not None else found >= (least or 0)
     limit = "" if least == most is None else f"{least:g} or more" if most is None else f"{most:g} or less"
-    return Row(what, f"{worst:,.3g} {unit}{place}", limit, "ok" if is_well else "wrong")
+    badness = -found if most is None else found
+    return Row(what, f"{found:,.3g} {unit}", limit, "ok" if is_well else "wrong", badness)
 
 
-def _devices(device: torch.device) -> Row:
-    names = Counter(runtime.together(lambda: device_name(device)))
-    found = ", ".join(f"{count} x {name}" for name, count in names.items())
-    return Row("devices", found, "one kind", "ok" if len(names) == 1 else "wrong")
-
-
-def _host_memory() -> float:
-    hosts = Counter(runtime.together(socket.gethostname))
-    return available_memory() / hosts[socket.gethostname()]
-
-
-def _kernels(device: torch.device) -> Iterator[Row]:
-    """Packages of kernels, imported and run where there is a GPU to run them on."""
-    for package, run in (("flash_attn", _flash), ("liger_kernel", _liger), ("bitsandbytes", _bitsandbytes)):
-        if importlib.util.find_spec(package) is None:
-            yield Row(package, "not installed", "", "not looked at")
-        elif device.type != "cuda":
-            yield Row(package, NO_GPU, "", "not looked at")
-        else:
-            yield _tried(package, lambda run=run: run(torch.randn(1, 64, 4, 64, device=device, dtype=torch.bfloat16)))
-
-
-def _tried(what: str, run: Callable[[], Tensor]) -> Row:
-    """Whether ``run``, whose errors are a package's own and of any kind, gives numbers."""
+def _kernel(package: str, device: torch.device) -> Row:
+    """Whether ``package``, whose errors are its own and of any kind, is here and gives numbers."""
+    if importlib.util.find_spec(package.partition(".")[0]) is None:
+        return Row(package, "not installed", "", "not looked at")
+    if device.type != "cuda":
+        return Row(package, NO_GPU, "", "not looked at")
     try:
-        is_well, found = bool(run().isfinite().all()), "runs"
+        given = torch.randn(1, 64, 4, 64, device=device, dtype=torch.bfloat16)
+        is_well = bool(KERNELS[package](importlib.import_module(package), given).isfinite().all())
+        found = "runs" if is_well else "gives numbers that are not finite"
     except Exception as error:
         is_well, found = False, f"{type(error).__name__}: {error}".splitlines()[0][:80]
-    return Row(what, found, "runs", "ok" if is_well else "wrong")
-
-
-def _flash(x_BSHD: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
-
-    return flash_attn_func(x_BSHD, x_BSHD, x_BSHD, causal=True)
-
-
-def _liger(x_BSHD: Tensor) -> Tensor:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
-
-    return LigerRMSNormFunction.apply(x_BSHD, x_BSHD.new_ones(x_BSHD.shape[-1]), 1e-6)
-
-
-def _bitsandbytes(x_BSHD: Tensor) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # pyright: ignore[reportMissingImports]
-
-    return dequantize_4bit(*quantize_4bit(x_BSHD.flatten(), quant_type="nf4"))
+    return Row(package, found, "runs", "ok" if is_well else "wrong")
 
 
 def _disk(run_dir: Path) -> Iterator[Row]:
@@ -167,20 +156,16 @@ def _disk(run_dir: Path) -> Iterator[Row]:
 
     if refused := runtime.agreed(write):
         yield Row("run directory", f"{run_dir}: {refused}", "writable", "wrong")
-        return
-    begun, late = time.monotonic(), ""
-    try:
-        runtime.everyone_sees(probe)
-    except UserError as error:  # told by all together: a rank that went its own way would keep the others waiting
-        late = str(error)
-    seconds = time.monotonic() - begun
-    late = max(runtime.together(lambda: late))
-    if is_main():
-        probe.unlink()
-    if late:
-        yield Row("run directory", late, "on a disk that all nodes share", "wrong")
-        return
-    yield _row("run directory", "s until all ranks see a new file", seconds, most=MOST_LATE_S)
+    else:
+        begun = time.monotonic()
+        try:
+            runtime.everyone_sees(probe)
+            yield _row("run directory", "s until all ranks see a new file", time.monotonic() - begun, most=MOST_LATE_S)
+        except UserError as error:
+            yield Row("run directory", str(error), "on a disk that all nodes share", "wrong")
+        runtime.barrier()
+        if is_main():
+            probe.unlink()
     yield Row("disk free", bytes_text(free_disk(run_dir)), "see the dry run", "ok")
 
 
@@ -193,13 +178,14 @@ def _together(device: torch.device) -> Iterator[Row]:
     clocks = runtime.together(time.time)
     yield _row("clocks", "s apart", max(clocks) - min(clocks), most=MOST_CLOCK_S)
     hosts = runtime.together(socket.gethostname)
+    ranks_of = {host: [rank for rank, own in enumerate(hosts) if own == host] for host in sorted({*hosts})}
     groups: dict[str, Any] = {
-        host: dist.new_group([rank for rank, own in enumerate(hosts) if own == host]) for host in sorted({*hosts})
-    }
+        host: dist.new_group(ranks) for host, ranks in ranks_of.items()
+    }  # every rank makes all of them
     within, between = LEAST_GB_S[device.type]
-    if max(Counter(hosts).values()) > 1:
-        own = groups[socket.gethostname()]
-        yield _row("all-reduce within a node", "GB/s", _bus_rate(device, own), least=within)
+    if max(map(len, ranks_of.values())) > 1:
+        rate = _bus_rate(device, groups[socket.gethostname()])
+        yield _row("all-reduce within a node", "GB/s", rate, least=within)
     if len(groups) > 1:
         yield _row("all-reduce over all nodes", "GB/s", _bus_rate(device, None), least=between)
 
@@ -224,10 +210,8 @@ def _steps(device: torch.device) -> Iterator[Row]:
 
     on_gpu = device.type == "cuda"
     width, rows, length = (2048, 4, 2048) if on_gpu else (128, 2, 128)
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4, num_attention_heads=16
-    )
-    model = LlamaForCausalLM(config).to(device)  # pyright: ignore[reportArgumentType]
+    sizes = {"vocab_size": 256, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=16)).to(device)  # pyright: ignore
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids_BS = torch.randint(0, 256, (rows, length), device=device)
     dtype, seconds, losses = torch.bfloat16 if on_gpu else torch.float32, [], []
@@ -240,12 +224,9 @@ def _steps(device: torch.device) -> Iterator[Row]:
         optimizer.zero_grad()
         losses.append(loss.detach())
         seconds.append(now(device) - begun)
-    fell = float(losses[-1]) < float(losses[0])
     rate = 6 * sum(p.numel() for p in model.parameters()) * ids_BS.numel() / min(seconds)
-    share = rate / flops_per_second(device, dtype)
+    share, rates = rate / flops_per_second(device, dtype), runtime.together(lambda: rate)
     yield _row(f"{STEPS} steps of a small model", "of the rate of products", share, least=LEAST_SHARE[device.type])
-    rates = runtime.together(lambda: rate)
     yield _row("spread of ranks", "times the slowest", max(rates) / min(rates), most=MOST_SPREAD[device.type])
-    yield Row(
-        "its loss", "falls" if fell else f"{losses[0]:.3f} to {losses[-1]:.3f}", "falls", "ok" if fell else "wrong"
-    )
+    falls, found = bool(losses[-1] < losses[0]), f"{losses[0]:.3f} to {losses[-1]:.3f}"
+    yield Row("its loss", "falls" if falls else found, "falls", "ok" if falls else "wrong")

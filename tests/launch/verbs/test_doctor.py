@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import environment, run_ranks
 
+from shoal import runtime
 from shoal.launch import cli
 from shoal.launch.verbs import doctor
+from shoal.launch.verbs.doctor import Row
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -41,6 +44,43 @@ def test_what_is_wrong_ends_the_command_with_code_1(
     assert [rows[what]["verdict"] for what in ("run directory", "host memory free", "devices")] == ["wrong"] * 2 + [
         "ok"
     ]
+
+
+def test_what_is_wrong_with_one_rank_is_in_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else the command would end with code 1 beside a table in which all is well."""
+    here = [
+        Row("kernel", "runs", "runs", "ok"),
+        Row("package", "runs", "runs", "ok"),
+        Row("loss", "falls", "falls", "ok"),
+        Row("rate", "7 GB/s", "", "ok", -7.0),
+    ]
+    there = [
+        Row("kernel", "OSError: no image", "runs", "wrong"),
+        Row("package", "not installed", "", "not looked at"),
+        Row("loss", "falls", "falls", "ok"),
+        Row("rate", "5 GB/s", "", "ok", -5.0),
+    ]
+    monkeypatch.setattr(doctor, "_rows", lambda run_dir: here)
+    monkeypatch.setattr(runtime, "together", lambda decide: [decide(), there])
+    code, rows = told(capsys, "--run-dir", str(tmp_path))
+    assert code == 1
+    assert [(row["found"], row["verdict"]) for row in rows.values()] == [
+        ("OSError: no image (rank 1)", "wrong"),
+        ("not installed (rank 1)", "wrong"),
+        ("falls", "ok"),
+        ("5 GB/s (rank 1)", "ok"),
+    ]
+
+
+def test_a_package_that_breaks_or_gives_no_numbers_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: torch.ones(1))
+    tried = {"json": lambda package, x: x / 0, "os.path": lambda package, x: package.none, "re": lambda package, x: x}
+    monkeypatch.setattr(doctor, "KERNELS", tried)
+    found = [doctor._kernel(package, torch.device("cuda"))[1::2] for package in tried]
+    broken = ("AttributeError: module 'posixpath' has no attribute 'none'", "wrong")
+    assert found == [("gives numbers that are not finite", "wrong"), broken, ("runs", "ok")]
 
 
 @pytest.mark.slow
