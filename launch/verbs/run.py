@@ -376,7 +376,6 @@ def locked(run: Run) -> Iterator[None]:
         UserError: another living process holds it, it cannot be created, or as remember does.
     """
     new = [folder for folder in (run.dir, *run.dir.parents) if not folder.exists()]
-    traces = {LOCK, RECIPE}
     make_folder(run.dir)
     with only_process(run.dir / LOCK, f"run_dir {run.dir}", wait_s=LOCK_WAIT_S):
         try:
@@ -387,11 +386,10 @@ def locked(run: Run) -> Iterator[None]:
             if run.numerics is not None and run.numerics.max_minutes is not None:
                 write_story(run)  # this stage and others go on with these sizes
             yield
-        except UserError:
-            traces.add(STORY)  # sizes of what was refused
+        except BaseException as error:
+            # sizes of what was refused are nobody's
+            _leave_nothing(run, {LOCK, RECIPE, *([STORY] if isinstance(error, UserError) else [])}, new)
             raise
-        finally:
-            _leave_nothing(run, traces, new)
 
 
 def _leave_nothing(run: Run, traces: set[str], new: Sequence[Path]) -> None:
