@@ -179,9 +179,8 @@ def _together(device: torch.device) -> Iterator[Row]:
     yield _row("clocks", "s apart", max(clocks) - min(clocks), most=MOST_CLOCK_S)
     hosts = runtime.together(socket.gethostname)
     ranks_of = {host: [rank for rank, own in enumerate(hosts) if own == host] for host in sorted({*hosts})}
-    groups: dict[str, Any] = {
-        host: dist.new_group(ranks) for host, ranks in ranks_of.items()
-    }  # every rank makes all of them
+    # every rank makes all of them
+    groups: dict[str, Any] = {host: dist.new_group(ranks) for host, ranks in ranks_of.items()}
     within, between = LEAST_GB_S[device.type]
     if max(map(len, ranks_of.values())) > 1:
         rate = _bus_rate(device, groups[socket.gethostname()])

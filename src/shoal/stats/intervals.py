@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 Array = NDArray[np.float64]
 Limits = tuple[float, float, float]
@@ -116,7 +116,7 @@ def skewed_limits(left_out_NK: Array, value_K: Array, n: float) -> tuple[Array, 
     of Hall's (1992, J. R. Statist. Soc. B 54:221), which corrects for skew but strays where a few items are far out.
     ``n`` of weighted items is their effective_n.
     """
-    moves_NK, t = value_K - left_out_NK, float(stats.t.ppf(0.975, max(n, 2.0) - 1))
+    moves_NK, t = value_K - left_out_NK, float(special.stdtrit(max(n, 2.0) - 1, 0.975))
     square_K, cube_K = (moves_NK**2).sum(axis=0), (moves_NK**3).sum(axis=0)
     error_K = np.sqrt(square_K * (1 - 1 / len(moves_NK)))
     skew_K = np.divide(cube_K, square_K**1.5, out=np.zeros_like(square_K), where=square_K > 0)  # of the mean
@@ -143,7 +143,7 @@ def t_test(left_out_NU: Array, change_U: Array, n: float) -> Array:
     n, size_U = max(n, 2.0), np.abs(change_U)
     spread_U = reach_U > 1e-9 * size_U  # rounding leaves a little
     # the interval reaches t(.975) standard errors, so this many of them lie between the change and zero
-    t_U = stats.t.ppf(0.975, n - 1) * size_U / np.where(spread_U, reach_U, 1.0)
+    t_U = special.stdtrit(n - 1, 0.975) * size_U / np.where(spread_U, reach_U, 1.0)
     return np.where(spread_U, 2 * stats.t.sf(t_U, n - 1), np.where(change_U == 0, 1.0, 2 ** (1 - n)))
 
 
