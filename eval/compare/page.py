@@ -9,7 +9,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.evaluation import MODEL, Interval, TaskScore
+from shoal.artifacts.evaluation import FEW_ITEMS, MODEL, Interval, TaskScore
 from shoal.atomic_files import make_folder, write_json, write_text
 from shoal.figures.style import clean
 from shoal.formatting import bytes_text, count_text, listed
@@ -18,7 +18,6 @@ from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 from ..harness.rates import CALIBRATION_ERROR
 from ..report.findings import (
     FEW_CHANGED_MEAN,
-    FEW_ITEMS,
     FEW_ITEMS_MEAN,
     SIGNAL_SIGMAS,
     Row,

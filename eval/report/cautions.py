@@ -6,14 +6,14 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, ROLES
+from shoal.artifacts.evaluation import FEW_ITEMS, LIKELIHOOD_PROTOCOLS, ROLES
 from shoal.data.bundled import BUNDLED, BUNDLED_ROWS, NOT_APART
 from shoal.formatting import listed
 from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 
 from ..tasks.names import described_tasks, task_folders
-from .findings import FEW_ITEMS, FEW_ITEMS_MEAN, PAIRS, SIGNAL_SIGMAS, Comparison, Row, is_share, protocol_gaps
+from .findings import FEW_ITEMS_MEAN, PAIRS, SIGNAL_SIGMAS, Comparison, Row, is_share, protocol_gaps
 from .run import Run
 from .wording import MAX_NAMES, named_or_counted, score_words, task_names
 

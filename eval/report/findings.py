@@ -44,8 +44,6 @@ PAIRS = (
 """(before, after) of the roles that are compared. The control is the uncut teacher, trained as the cut model was."""
 SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
-FEW_ITEMS = 50
-"""Number of items below which report and comparison say so."""
 FEW_ITEMS_MEAN = "the intervals are wide and hold the truth in 92 to 100 of 100 cases, not in 95"
 FEW_CHANGED_MEAN = (
     f"“Few changed”: fewer than {FEW_CHANGED} answers did, and the interval, like that of what is kept, is wider than "

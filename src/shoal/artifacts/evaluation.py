@@ -17,6 +17,8 @@ from shoal.atomic_files import write_text
 from shoal.recipe.section import adapter
 from shoal.task_words import Column
 
+FEW_ITEMS = 50
+"""Number of items below which whoever shows an interval says that they are few."""
 CONTROL = "control"
 """Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
 MODEL = "model"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from shoal.artifacts.evaluation import FEW_ITEMS
 from shoal.artifacts.importance import Agreement, Atlas, Estimate, Importance, ProtocolGap, Sweep, SweepColumn
 from shoal.figures.style import (
     DROPPED,
@@ -155,7 +156,8 @@ def draw_column(
     if len(ax.get_legend_handles_labels()[0]) > bool(critical):
         ax.legend(loc="center right", fontsize=8)
     _mark_dropped(ax, drop)
-    ax.set_title(f"{fitting(name)}: {fitting(quantity)} (n = {column.n})")
+    few = ", too few for narrow intervals" * (column.n < FEW_ITEMS)
+    ax.set_title(f"{fitting(name)}: {fitting(quantity)} (n = {column.n}{few})")
     ax.grid(axis="y")
 
 

@@ -11,6 +11,7 @@ from html_page import Page
 from results import choice, evaluation, training, write_quickstart, write_run
 from told_report import told
 
+from shoal.eval.report.card import model_card
 from shoal.eval.report.cautions import cautions
 from shoal.eval.report.findings import Comparison, compare
 from shoal.eval.report.page import render
@@ -84,6 +85,18 @@ def test_cautions_come_first_and_say_where_nothing_was_found(report: tuple[Page,
     run, comparison = nothing_to_say()
     assert cautions(run, comparison) == ()
     assert "Nothing was found" in render("report", "md", **contents(run, comparison, {}))
+
+
+@pytest.mark.parametrize(("n", "is_said"), [(49, True), (50, False)])
+def test_so_few_items_that_intervals_are_no_95_percent_are_a_caution_of_report_and_card(
+    tmp_path: Path, n: int, is_said: bool
+) -> None:
+    write_run(tmp_path)
+    for role in ("teacher", "pruned", "distilled"):
+        own = choice(role, "retrieval_continuation", "retrieval", "continuation", n=n)
+        evaluation(role, (own,)).save(tmp_path / "eval" / f"{role}.json")
+    said = "Fewer than 50 items, so the intervals are wide and hold the truth in 92 to 100 of 100 cases, not in 95"
+    assert (said in told(tmp_path)) == (said in " ".join(model_card(tmp_path).split())) == is_said
 
 
 def nothing_to_say() -> tuple[Run, Comparison]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -15,7 +16,7 @@ from shoal.artifacts.importance import Importance
 from shoal.components import Component
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.table import table_of
-from shoal.figures.atlas import agreement_figure, atlas_figure, curves_figure
+from shoal.figures.atlas import agreement_figure, atlas_figure, curves_figure, draw_column
 from shoal.figures.style import save_figure
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def test_every_column_has_a_panel_with_its_intervals_and_every_gap_one() -> None
     assert titles[6] == "Depth centroid of what is lost"
     atlas = swept().atlas
     assert atlas is not None
+    draw_column(figure.axes[-1], replace(atlas.columns[0], n=49), "few", "C0", (), range(6))
+    assert figure.axes[-1].get_title(loc="left") == "few: share kept (n = 49, too few for narrow intervals)"
     band = figure.axes[1].collections[0].get_paths()[0].vertices
     reached = {round(float(y), 6) for _, y in band}  # pyright: ignore
     for effect in atlas.columns[0].effects:

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from shoal.artifacts.evaluation import ItemScore, TaskScore
+from shoal.artifacts.evaluation import FEW_ITEMS, ItemScore, TaskScore
 from shoal.components import Component
 from shoal.compress.sweeps.atlas import depth_profile, protocol_gaps
 from shoal.compress.sweeps.columns import joint_change
@@ -22,7 +22,6 @@ from shoal.compress.sweeps.table import table_of
 from shoal.eval.compare.compare import Cell
 from shoal.eval.compare.standings import Groups, even_weights, mean_form_gap, mean_kept
 from shoal.eval.harness.rates import rate, rate_difference
-from shoal.eval.report.findings import FEW_ITEMS
 from shoal.stats import paired as ours
 from shoal.stats.means import mean_change
 
