@@ -278,4 +278,4 @@ QUESTIONS = {
 """What _asked asks a GPU."""
 
 if __name__ == "__main__":
-    print(json.dumps(QUESTIONS[sys.argv[1]](json.loads(sys.argv[2]))))
+    json.dump(QUESTIONS[sys.argv[1]](json.loads(sys.argv[2])), sys.stdout)
