@@ -33,9 +33,10 @@ def main(file: str) -> None:
     rows = pack(sources, tokenizer, sequence_length=512, num_tokens=asked.num_tokens, seed=recipe.seed)
     student, teacher = load_model(run_dir / "student"), load_model(folder).requires_grad_(False)
     (checkpoints := run_dir / "trl").mkdir(exist_ok=True)
-    loss = {"beta": 0.0, "temperature": 1.0, "shuffle_dataset": False, "train_sampling_strategy": "sequential"}
-    others = {"seed": recipe.seed, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "report_to": []}
-    config = DistillationConfig(**asked.trainer, **loss, **others, output_dir=str(checkpoints), disable_tqdm=True)
+    loss = {"beta": 0.0, "temperature": 1.0, "num_train_epochs": 1, "gradient_checkpointing": False, "bf16": False}
+    order = {"seed": recipe.seed, "shuffle_dataset": False, "train_sampling_strategy": "sequential"}
+    told = {"output_dir": str(checkpoints), "logging_steps": 1, "report_to": [], "disable_tqdm": True}
+    config = DistillationConfig(**asked.trainer, **loss, **order, **told)
     data = Dataset.from_dict({"prompt": rows.input_ids_NS.tolist()})
     trainer = OnRows(student, teacher, config, train_dataset=data, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
@@ -44,8 +45,8 @@ def main(file: str) -> None:
         tokenizer.save_pretrained(unfinished)
     *history, end = [{key: float(value) for key, value in row.items()} for row in trainer.state.log_history]
     steps, tokens = trainer.state.global_step, rows.input_ids_NS.numel()
-    told = {"settings": {}, "data": {"sources": rows.counts}, "peak_memory_bytes": peak_memory()}
-    made = Training(Provenance({}), steps, tokens, end["train_runtime"], tuple(history), **told)
+    rest = {"settings": {}, "data": {"sources": rows.counts}, "peak_memory_bytes": peak_memory()}
+    made = Training(Provenance({}), steps, tokens, end["train_runtime"], tuple(history), **rest)
     made.save(run_dir / Training.FILE)
 
 

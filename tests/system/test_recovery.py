@@ -45,7 +45,7 @@ def test_the_command_heals_scores_and_goes_on(tmp_path: Path, monkeypatch: pytes
     rows = list(csv.DictReader((out / "table.csv").open()))
     assert {row["name"] for row in rows} == {"teacher", "cut", "two-4096-0", "other-4096-0"}
     healed = [row for row in rows if row["name"].endswith("-4096-0")]
-    assert {row["tokens"] for row in healed} == {"4096"}
+    assert {(row["tokens"], row["steps"]) for row in healed} == {("4096", "4")}
     assert all(float(row["processor_seconds"]) > 1 for row in healed)
     second = out / "runs" / "two-4096-0" / "phase1"
     assert (second / "student").resolve() == second.with_name("phase0") / "distilled"
