@@ -61,35 +61,30 @@ class VariantLosses:
             for batch in self._batches:
                 ids_BS = self._decoder.right_padded([document.tokens[:-1] for document in batch])
                 passes = [Pass(ids_BS, answer_BS=torch.zeros_like(ids_BS, dtype=torch.bool))]
-                wanted = self._wanted(batch, ids_BS.shape[1])
+                # of a document's last token, which was not read, nothing is predicted
+                reads = [(row, at) for row, document in enumerate(batch) for at in range(len(document.tokens) - 1)]
+                places = [(row * ids_BS.shape[1] + at, batch[row].tokens[at + 1]) for row, at in reads]
+                place_N, token_N = queued(torch.tensor(places), self._decoder.device).T
                 found: dict[int, Tensor] = {}
                 for number, (hidden_BSD,) in final_states(
                     self._edited, self._layerwise, self._decoder, passes, variants
                 ):
-                    found[number] = self._loss_2(hidden_BSD, *wanted)
+                    found[number] = self._loss_2(hidden_BSD, place_N, token_N)
                     step()
                 # a GPU is waited for once in a batch, however many variants there are
-                rows = [document.row for document in batch for _ in document.tokens[1:]]
-                for number, (total, bad) in zip(found, torch.stack(list(found.values())).tolist(), strict=True):
-                    sums[number] += total
-                    if fault is None and bad < len(rows):
+                for number, (loss, bad) in zip(found, torch.stack(list(found.values())).tolist(), strict=True):
+                    sums[number] += loss
+                    if fault is None and bad < len(reads):
                         without = f"model without {variants[number].name}" if variants[number].edits else "intact model"
-                        fault = rows[int(bad)], f"the loss of the {without}"
+                        fault = batch[reads[int(bad)][0]].row, f"the loss of the {without}"
                 if fault is not None:
                     break
         refuse_fault(self._calibration, fault, self._edited.model.dtype)
         return (add_up_ranks([sums], self._edited.model.device)[0] / self.num_tokens).tolist()
 
-    def _wanted(self, batch: Sequence[Document], width: int) -> tuple[Tensor, Tensor]:
-        """Where in the flattened (B x S) states of ``batch`` a token is predicted, (N,), and which one: document by
-        document. The last token of a document was not read: nothing is predicted from it."""
-        places = [row * width + at for row, document in enumerate(batch) for at in range(len(document.tokens) - 1)]
-        tokens = [token for document in batch for token in document.tokens[1:]]
-        return queued(torch.tensor(places), self._decoder.device), queued(torch.tensor(tokens), self._decoder.device)
-
     def _loss_2(self, hidden_BSD: Tensor, place_N: Tensor, token_N: Tensor) -> Tensor:
-        """The sum of the losses in nats, float64, and the first of them that is not finite, N where all are; never more
-        logits at one time than the decoder allows."""
+        """The sum in nats, float64, of the losses of tokens at places in the flattened (B x S) states, and the first of
+        them that is not finite, N where all are; never more logits at one time than the decoder allows."""
         hidden_ND, size = hidden_BSD.flatten(0, 1)[place_N], self._decoder.positions_at_once()
         losses = [
             functional.cross_entropy(self._decoder.logits(part_ND), part_N, reduction="none")

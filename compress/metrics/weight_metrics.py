@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -114,27 +114,23 @@ class LacoAcceptance(_OfWeights):
 
 def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
     """Magnitude, which needs no data."""
-    norm = partial(torch.linalg.vector_norm, ord=1, dtype=torch.float64)
-    scores = _of_layers([[norm(matrix.detach()) for matrix in own.values()] for own in plain_matrices(model, names[0])])
+    matrices = plain_matrices(model, names[0])
+    scores = _of_layers(matrices, partial(torch.linalg.vector_norm, ord=1, dtype=torch.float64))
     return dict.fromkeys(names, scores)
 
 
-def _of_layers(of_matrices: Sequence[Sequence[Tensor]]) -> tuple[float, ...]:
-    """The sum of every layer's numbers, which lie on the model's device, fetched in one go."""
-    numbers = iter(torch.stack([number for own in of_matrices for number in own]).tolist())
-    return tuple(sum(itertools.islice(numbers, len(own))) for own in of_matrices)
+@torch.no_grad()
+def _of_layers(matrices: Matrices, number: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
+    """The sum of ``number`` over every layer's matrices, all fetched from the device in one go."""
+    found = iter(torch.stack([number(matrix) for own in matrices for matrix in own.values()]).tolist())
+    return tuple(sum(itertools.islice(found, len(own))) for own in matrices)
 
 
 def gradient_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
     """Taylor and TaylorPlus, from one pass forwards and backwards."""
     matrices = plain_matrices(model, names[0])
     gradients = loss_gradients(model, calibration, matrices)
-    taylor = _of_layers(
-        [
-            [(matrix.detach().float() * gradients[matrix]).abs_().sum(dtype=torch.float64) for matrix in own.values()]
-            for own in matrices
-        ]
-    )
+    taylor = _of_layers(matrices, lambda own: (own.float() * gradients[own]).abs_().sum(dtype=torch.float64))
     margin, free = 2 * max(taylor), range(FIRST_PROTECTED, len(taylor) - LAST_PROTECTED)
     plus = tuple(score if layer in free else score + margin for layer, score in enumerate(taylor))
     return {name: plus if name == "taylor_plus" else taylor for name in names}

@@ -286,15 +286,9 @@ def test_a_micro_batch_of_images_gives_what_it_gives_on_a_cpu(
     source = TrainingSource(str(image_rows(tmp_path / "rows")), column=columns)
     reader = ImageReader(processor, teacher.config, training_images([source]))
     (tmp_path / "packed").mkdir()
+    size: Any = {"sequence_length": 96, "num_tokens": 2 * 96, "seed": 0}
     packing = Packing(tmp_path / "packed", encode_image=reader.tokens, rows_per_step=2)
-    whole = pack(
-        [(source, reader.rows[source])],
-        processor.tokenizer,
-        sequence_length=96,
-        num_tokens=2 * 96,
-        seed=0,
-        layout=packing,
-    )
+    whole = pack([(source, reader.rows[source])], processor.tokenizer, **size, layout=packing)
     images = RowsWithImages.of(whole, reader)
     found: list[Any] = []
     for place in ("cpu", "cuda"):
