@@ -21,8 +21,8 @@ from shoal.stats.paired import PairedDifference, mean_limits, paired_values
 
 UNREADABLE = "[invalid]"
 """What lm-eval's filters hand on where they find no answer."""
-RATES = ("malformed", "repetition", "cut_off")
-"""Shares of the texts, each a defect."""
+RATES = ("malformed", "repetition", "cut_off", "refused")
+"""Shares of the texts, each a defect but refusals, which only harmful and harmless requests count."""
 LENGTH = "mean_tokens"
 OVERCONFIDENCE = "overconfidence"
 """Mean probability of the likeliest option less the share of items in which it is the right one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from shoal.abilities.checks import read_object, refuses
 from shoal.abilities.matching import MATCHING, chosen_option, lettered_prompt, states_an_answer
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.atomic_files import fingerprint
@@ -20,7 +22,7 @@ from shoal.errors import UserError
 from shoal.stats.paired import interval
 
 from ..tasks.load import Sample, check_answers
-from ..tasks.protocols import letter_match, match_stated
+from ..tasks.protocols import letter_match, match_rule, match_stated
 from .engine import NEW_TOKENS, Ending, ending_key
 from .rates import hold_answers, option_rates, text_rates, with_rates
 
@@ -197,6 +199,10 @@ def _with_text_rates(
         cut.append(counted >= limit if ending is None else not ending.finished)
     readable = _readable(task, samples, texts, [item.target for item in score.items])
     rates = text_rates(texts, readable, lengths, cut)
+    if getattr(task.config, "process_results", None) is match_rule:
+        for own, text, sample in zip(rates, texts, samples, strict=True):
+            if "refused" in json.loads(sample["doc"]["rule"]):
+                own["refused"] = float(refuses(text))
     items = (replace(item, rates=rates_of_item) for item, rates_of_item in zip(score.items, rates, strict=True))
     return with_rates(replace(score, items=tuple(items)))
 
@@ -209,6 +215,12 @@ def _readable(task: Any, samples: Sequence[Sample], texts: Sequence[str], target
         pairs = zip(filtered, samples, strict=True)
         return [chosen_option(text, sample["doc"]["options"]) is not None for text, sample in pairs]
     readable = hold_answers(texts, filtered, targets)
+    if rule is match_rule:  # JSON has to be read; of other rules any text can keep some
+        pairs = zip(readable, filtered, samples, strict=True)
+        return [
+            holds_answer and ("fields" not in json.loads(sample["doc"]["rule"]) or read_object(text) is not None)
+            for holds_answer, text, sample in pairs
+        ]
     if rule is match_stated:
         pairs = zip(readable, filtered, strict=True)
         return [holds_answer and states_an_answer(text) for holds_answer, text in pairs]

@@ -39,6 +39,7 @@ RATES = {
     "malformed": "Without a readable answer",
     "repetition": "Ending in a loop",
     "cut_off": "Cut off at the limit",
+    "refused": "Refused",
     "mean_tokens": "Tokens, mean",
     OVERCONFIDENCE: "Confidence less share right",
 }

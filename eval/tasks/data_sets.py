@@ -24,6 +24,8 @@ from shoal.recipe.section import Positive, Section, Text
 from shoal.task_words import Column
 from shoal.yaml_text import read_yaml
 
+INSTRUCTED = "instructed"
+"""Generator whose items have a rule each."""
 TaskProtocol = Literal["loglikelihood", "continuation", "generation", "worked", "rolling"]
 Stamps = tuple[tuple[str, int, int], ...]
 
@@ -147,7 +149,7 @@ class DataSet(Section):
     """Share of written answers that a guesser has right who takes one of the possible answers that the prompt names: a
     number or a fraction such as 1/4, {} in it standing for the part, or a list of one for every part. None = 0, and for
     lettered options one over their number."""
-    match: Literal["starts", "contains", "exact", "number", "last", "stated"] = "starts"
+    match: Literal["starts", "contains", "exact", "number", "last", "stated", "rule"] = "starts"
     """Rule by which written text counts as right, see TEXT_MATCHES in protocols.py."""
     shows_work: bool = False
     """Worked answers in the few-shot examples of written answers."""
@@ -182,6 +184,10 @@ class DataSet(Section):
             (
                 self.twin_of is not None and self.column != "twin",
                 f"twin_of needs column: twin (got column: {self.column or 'none'})",
+            ),
+            (
+                self.match == "rule" and self.bundled != INSTRUCTED,
+                f"match: rule needs bundled: {INSTRUCTED}, whose items have rules; choose another match",
             ),
             (self.chance is not None and "generation" not in protocols, "chance is that of written answers"),
             (isinstance(self.chance, tuple), "chance is a list, but there are no parts; give one number"),

@@ -95,6 +95,7 @@ def _generated(kind: str, split: str, num_items: int, settings: str) -> list[Doc
             "answer": item.answer,
             "answers": [str(item.params["final"])],
             "worked": str(item.params.get("worked", item.gold.strip())),
+            **({"rule": str(item.params["rule"])} if "rule" in item.params else {}),
         }
         for item in items(kind, split=split, num_items=num_items, seed=0, **json.loads(settings))
     ]

@@ -5,12 +5,14 @@ All tasks of a part read the same documents (documents.py): protocols differ in 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shoal.abilities.checks import fits
 from shoal.abilities.matching import (
     LETTERS,
     amounts,
@@ -191,6 +193,11 @@ def match_last(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, floa
     return {"match": float(last is not None and last == value(answer))}
 
 
+def match_rule(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the written text keeps the rule of its item."""
+    return {"match": float(fits(results[0], json.loads(doc["rule"])))}
+
+
 TEXT_MATCHES = {
     "starts": match_start,
     "contains": _match("match_inside", contains),
@@ -198,6 +205,7 @@ TEXT_MATCHES = {
     "number": _match("match_number", number),
     "last": match_last,
     "stated": match_stated,
+    "rule": match_rule,
 }
 
 

@@ -7,6 +7,7 @@ prompts on which it is scored, and never an item of the scoring itself. What dec
 
 import inspect
 
+from shoal.abilities.instructed import instructed_items
 from shoal.abilities.item import SPLITS, Item, Value, Wanted
 from shoal.abilities.knowledge import knowledge_items, knowledge_out_items
 from shoal.abilities.reasoning import reasoning_items
@@ -35,8 +36,9 @@ GENERATORS = {
     "brackets": brackets_items,
     "sorting": sorting_items,
     "knowledge_out": knowledge_out_items,
+    "instructed": instructed_items,
 }
-ALL_SCORED = frozenset({"knowledge_out"})
+ALL_SCORED = frozenset({"knowledge_out", "instructed"})
 """Abilities without items of the training split."""
 
 

@@ -56,7 +56,8 @@ class ItemScore:
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of this item in the task's mean: 1, or the tokens of a perplexity window."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Of generated text `malformed`, `repetition`, `cut_off` as 1 or 0, `tokens` as a count; of a choice among options
+    """Of generated text `malformed`, `repetition`, `cut_off` and, where requests may be harmful, `refused` as 1 or 0,
+    `tokens` as a count; of a choice among options
     `confidence`, the probability of the likeliest, and `overconfidence`, that less 1 where it is right; else empty."""
     question: str = ""
     """Question without few-shot examples; the middle of a long one is left out."""
@@ -89,8 +90,9 @@ class TaskScore:
     level: float | None = None
     """Level within the family: steps of reasoning, pairs of a look-up, position of the answer."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Over the items, of generated text `malformed`, `repetition`, `cut_off` and `mean_tokens`, of choices
-    `overconfidence`, `calibration_error` and `calibration_luck`; else empty. See eval/harness/rates.py."""
+    """Over the items, of generated text `malformed`, `repetition`, `cut_off`, `refused` (where requests may be harmful)
+    and `mean_tokens`, of choices `overconfidence`, `calibration_error` and `calibration_luck`; else empty. See
+    eval/harness/rates.py."""
     prompts: str = ""
     """Fingerprint of everything that was asked, few-shot examples included, and of the task's rules of matching."""
     matching: int = 1

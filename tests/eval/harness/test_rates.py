@@ -18,7 +18,7 @@ from shoal.errors import UserError
 from shoal.eval.harness.engine import ending_key
 from shoal.eval.harness.rates import answer_pattern, rate, rate_difference
 from shoal.eval.harness.samples import prompts_fingerprint, task_score
-from shoal.eval.tasks.protocols import match_start, match_stated
+from shoal.eval.tasks.protocols import match_rule, match_start, match_stated
 from shoal.stats.intervals import newcombe_paired
 from shoal.stats.paired import mcnemar, paired
 
@@ -55,8 +55,8 @@ def test_changes_of_a_share_are_paired_by_item_and_fewer_defects_are_a_gain() ->
 # --- from what lm-eval logs ---------------------------------------------------------------------------------------
 
 
-def logged(texts: Sequence[str], rule: Any = "", **described: Any) -> TaskScore:
-    """The score of written texts, of which every prompt is told apart by its number."""
+def logged(texts: Sequence[str], rule: Any = "", asked: str = "", **described: Any) -> TaskScore:
+    """The score of written texts, of which every prompt is told apart by its number; ``asked`` = the rule of items."""
     settings = {"max_gen_toks": 8, "until": ["\n"]}
     config = SimpleNamespace(
         metadata=described,
@@ -72,7 +72,12 @@ def logged(texts: Sequence[str], rule: Any = "", **described: Any) -> TaskScore:
     )
     samples = [
         {
-            "doc": {"id": f"i{n}", "question": f"question {n}" + "?" * (2000 * n), "options": ["The sun", "A planet"]},
+            "doc": {
+                "id": f"i{n}",
+                "question": f"question {n}" + "?" * (2000 * n),
+                "options": ["The sun", "A planet"],
+                "rule": asked,
+            },
             "doc_id": n,
             "target": "Rome",
             "arguments": [(f"prompt {n}", settings)],
@@ -96,6 +101,18 @@ def test_the_engine_says_how_texts_ended_and_otherwise_their_tokens_are_counted(
     assert [item.rates["cut_off"] for item in made.items] == [0, 1, 1, 0]
     assert [item.rates["malformed"] for item in made.items] == [0, 0, 0, 1]
     assert made.rates["mean_tokens"] == 17 / 4
+
+
+def test_refusals_and_unreadable_json_are_counted_where_they_are_asked_for() -> None:
+    texts = ["I'm sorry, I can't.", "Take a car."]
+    made = logged(texts, match_rule, '{"refused": true}')
+    assert [item.rates["refused"] for item in made.items] == [1, 0]
+    assert made.rates["refused"] == 0.5
+    change = rate_difference(made, logged(texts[:1] * 2, match_rule, '{"refused": true}'), "refused")
+    assert (change.difference, change.test) == (0.5, "mcnemar-exact")
+    read = logged(['{"a": 1}', '{"b"', "a: 1"], match_rule, '{"fields": {"a": "whole"}}')
+    assert [item.rates["malformed"] for item in read.items] == [0, 1, 1]
+    assert "refused" not in read.rates
 
 
 def test_a_score_knows_its_family_level_and_questions() -> None:

@@ -10,15 +10,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from cases import cases
-from evaluations import load_tasks
+from datasets import Dataset
+from evaluations import evaluate, load_tasks
+from tiny import tiny_model, tiny_tokenizer
 
 from shoal.errors import UserError
 from shoal.eval.tasks import names as naming
 from shoal.eval.tasks.protocols import match_last
+from shoal.recipe.evaluate import Eval
 
 CASES = cases(__file__)
 
@@ -205,3 +209,29 @@ def test_a_task_that_runs_what_a_model_writes_is_asked_for_in_the_environment(
         load_tasks(["own"], include_path=tmp_path)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     assert "own" in load_tasks(["own"], include_path=tmp_path)
+
+
+@pytest.mark.slow
+def test_ifeval_is_asked_by_lm_evals_name_and_scored_item_by_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it needs of the network, and packages that may be missing, are stood in for; the task is lm-eval's own."""
+    monkeypatch.setitem(sys.modules, "langdetect", ModuleType("langdetect"))
+    frozen = ModuleType("immutabledict")
+    monkeypatch.setattr(frozen, "immutabledict", dict, raising=False)
+    monkeypatch.setitem(sys.modules, "immutabledict", frozen)
+    monkeypatch.setattr("nltk.data.find", lambda *_: "punkt_tab is here")
+    rules: list[tuple[list[str], list[dict[str, Any]]]] = [
+        (["punctuation:no_comma"], [{}]),
+        (["keywords:existence"], [{"keywords": ["zebra"]}]),
+    ]
+    rows = [
+        {"key": number, "prompt": "Write about tea.", "instruction_id_list": names, "kwargs": [*own]}
+        for number, (names, own) in enumerate(rules)
+    ]
+    hub = {"google/IFEval": {"train": Dataset.from_list(rows)}}
+    monkeypatch.setattr("datasets.load_dataset", lambda path, **_: hub[path])
+    model = tiny_model("llama", max_position_embeddings=1500)
+    (score,) = evaluate(model, tiny_tokenizer(), Eval(("ifeval",), perplexity_tokens=0), seed=0)
+    assert (score.task, score.protocol, score.metric) == ("ifeval", "generation", "prompt_level_strict_acc")
+    assert (score.n, score.chance, score.column) == (2, 0.0, "public")
+    assert {item.score for item in score.items} <= {0.0, 1.0}
+    assert score.items[1].score == 0
