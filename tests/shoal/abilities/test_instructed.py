@@ -1,6 +1,6 @@
 """Requests whose answers a program checks: rules tell right from wrong, chance levels are simulated, twins differ.
 
-Covers: shoal.abilities.checks, shoal.abilities.instructed.
+Covers: shoal.abilities.checks.
 """
 
 import json
