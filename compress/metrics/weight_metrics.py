@@ -120,7 +120,7 @@ def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Seque
 
 
 @torch.no_grad()
-def _of_layers(matrices: Matrices, number: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
+def _of_layers(matrices: Matrices, number: Callable[[nn.Parameter], Tensor]) -> tuple[float, ...]:
     """The sum of ``number`` over every layer's matrices, all fetched from the device in one go."""
     found = iter(torch.stack([number(matrix) for own in matrices for matrix in own.values()]).tolist())
     return tuple(sum(itertools.islice(found, len(own))) for own in matrices)
