@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MOST_TOKENS = 65_536
 """Where a change needs no more: a correction of 14,336 features needs these, and the states of all are in memory."""
-SHARE = 0.55
+SHARE = 0.48
 """Of the rate of products: what layers reach with norms, attention and the rest, by a model of 135 million weights."""
 STATES = 4.5
 """Of every calibration token at one time, at a gap: the teacher's, the student's before the layer below, with the gap
