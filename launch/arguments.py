@@ -12,13 +12,13 @@ from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shoal import __version__
 from shoal.errors import not_encoded
 from shoal.formatting import meant
 from shoal.recipe.asked import ALLOW
-from shoal.redaction import printable, redacted_arguments
+from shoal.redaction import printable, redacted_arguments, shortened
 from shoal.yaml_text import read_yaml
 
 LISTS = ("recipes", "tasks", "metrics", "losses", "data", "suites", "cluster")
@@ -55,6 +55,7 @@ OTHER_WORDS = {
     **dict.fromkeys(("score", "importance"), "measure"),
     **dict.fromkeys(("sweep", "search"), "run RECIPE --each KEY=A,B"),
     **dict.fromkeys(("upload", "export", "publish"), "push"),
+    "help": "--help",
 }
 """What other programs call a verb -> the words here."""
 LETTERS = {"m": "model", "t": "tasks", "L": "limit", "f": "num_fewshot", "b": "batch_size", "o": "output_path"}
@@ -78,6 +79,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for word in argv:
         if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
             parser.error(not_encoded(repr(os.fsencode(word))))
+    if sum(word.partition("=")[0] == "--config" for word in argv) > 1:
+        parser.error("--config: is given twice; name one recipe")
     if verb is not None and verb not in VERBS:
         word = OTHER_WORDS.get(verb)
         hint = f"did you mean `shoal {word}`?" if word else meant(verb, VERBS, f"there are {', '.join(VERBS)}")
@@ -138,7 +141,9 @@ def _no_option(verb: str, option: str) -> str:
     own = [each for each, verbs in OPTIONS.items() if verb in (verbs or VERBS)]
     if word in keys:
         hint = f"`shoal {verb} --{word} VALUE`"
-    elif close := get_close_matches(name.replace("_", "-"), own, n=1, cutoff=0.7):
+    elif name in OPTIONS:
+        hint = f"it is one of `shoal {' | '.join(OPTIONS[name])}`"
+    elif close := get_close_matches(name.lower().replace("_", "-"), own, n=1, cutoff=0.7):
         hint = f"did you mean --{close[0]}?"
     else:
         hint = meant_key(word.rpartition(".")[2], keys, Recipe)
@@ -263,6 +268,9 @@ def _add_words(sub: argparse.ArgumentParser, verb: str) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(shortened(message))
+
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(printable(message), file)
 

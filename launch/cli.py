@@ -22,7 +22,7 @@ from shoal import ranks
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
 from shoal.progress import doing, loading
 from shoal.ranks import Loudness
-from shoal.redaction import printable, redacted
+from shoal.redaction import printable, redacted, shortened
 from shoal.stopping import Stopped, on_stop, stop_at_once, watch_launcher
 
 from .arguments import VERBS, parse
@@ -166,7 +166,7 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
         if follows:
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
         with contextlib.suppress(OSError):  # a full disk, where that is what is wrong
-            print(f"shoal: error: {printable(redacted(str(error)))}", file=sys.stderr, flush=True)
+            print(f"shoal: error: {printable(shortened(redacted(str(error))))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except RuntimeError as error:
         if not any(words in str(error) for words in PEER_IS_GONE):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,6 @@ from shoal.atomic_files import fingerprint
 from shoal.data.image_rows import ImageReader, images_fingerprint
 from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
-from shoal.errors import UserError
 from shoal.machine import peak_memory
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
@@ -120,11 +118,8 @@ def check_distillable(spec: TrainSpec) -> None:
         log.warning(
             "distill.losses: nothing is learnt by them, since every source of distill.data has losses of its own"
         )
-    in_four_bits = settings.lora is not None and settings.lora.load_in_4bit
-    if in_four_bits and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "distill.lora.load_in_4bit: needs bitsandbytes; run `pip install 'bitsandbytes>=0.50'`, or set it to false"
-        )
+    if settings.lora is not None:
+        settings.lora.require_packages()
     if settings.trainer.get("use_liger_kernel"):
         require_liger(student.config.model_type, spec.ranks.device)
 

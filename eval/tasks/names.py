@@ -79,6 +79,8 @@ def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:
             raise UserError(
                 f"eval.include_path: {str(include_path)!r} is no folder; name one that holds *.yaml task files"
             )
+        if wrong := next((file for file in folder.rglob("*.yaml") if file.exists() and not file.is_file()), None):
+            raise UserError(f"eval.include_path: {wrong} is no file; remove it")
         if folder.resolve() not in [other.resolve() for other in folders]:
             folders.append(folder)
     return tuple(folders)

@@ -274,8 +274,10 @@ def check_distill(run: Run) -> None:
     distill = recipe.distill
     images = images_of(run)
     for source in distill.data:
-        if source.generate is not None:
+        if (how := source.generate) is not None:
             to_write(source)
+            setting = f"data {source.path!r}: generate.prompt_tokens and max_new_tokens together"
+            check_length(run, how.prompt_tokens + how.max_new_tokens, setting)
         if images is not None and source.has_images:
             images.check(source, sequence_length=distill.sequence_length)
         else:

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from shoal.components import require_layers
 from shoal.compress.free_layers import refuse_impossible_layers
 from shoal.errors import UserError
 from shoal.eval.tasks.names import refuse_unknown
@@ -13,6 +14,7 @@ from shoal.inference.vllm import check_vllm
 from shoal.model_names import name_of_model, refuse_no_model, refuse_revision
 from shoal.models.download import num_layers_said
 from shoal.recipe.distill import Live, Recorded
+from shoal.recipe.losses import HiddenStates
 from shoal.recipe.measure import METRICS, no_metric
 from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import Recipe
@@ -48,6 +50,10 @@ def refuse_early(verb: str, recipe: Recipe) -> None:
     num_layers = num_layers_said(recipe.model, recipe.revision)
     if verb in CUT and num_layers is not None:
         refuse_impossible_layers(recipe.prune, num_layers)
+    if verb in ("distill", "run") and num_layers is not None:
+        terms = (term for term in recipe.distill.terms if isinstance(term, HiddenStates))
+        wrong = [layer for term in terms for layer in term.layers or () if not 0 <= layer < num_layers]
+        require_layers(wrong, num_layers, "distill.losses: hidden_states: layers")
 
 
 def require_distilled(recipe: Recipe) -> None:
@@ -67,6 +73,8 @@ def _refuse_names(verb: str, recipe: Recipe) -> None:
         _refuse_unmeasured(recipe)
     if verb in ("record", "distill", "run"):
         read_deepspeed(distill.deepspeed)
+        if distill.lora is not None:
+            distill.lora.require_packages()
         if distill.watch is not None:
             refuse_unknown(distill.watch.tasks, recipe.eval.include_path, setting="distill.watch.tasks")
         by_vllm = (n for n, source in enumerate(distill.data) if source.generate and source.generate.backend == "vllm")

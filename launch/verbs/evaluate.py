@@ -15,7 +15,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.evaluation import CONTROL, MODEL, Scores, Speed
 from shoal.artifacts.identity import Identity
 from shoal.atomic_files import fingerprint
-from shoal.data.sources import sources_fingerprint
+from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.inference.vllm import check_vllm
@@ -178,6 +178,8 @@ def _score(run: Run, checkpoints: dict[str, Checkpoint], due: dict[str, dict[str
         for role in due:
             config, tokenizer = checkpoints[role].config, checkpoints[role].tokenizer()
             checked_items(tasks, settings, config=config, tokenizer=tokenizer, num_ranks=world_size())
+        for source in settings.perplexity_data if settings.perplexity_tokens else ():
+            load_texts(source, max_characters=1)
     cost = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
     log.info("eval: %s, each: %s", ", ".join(due), cost)
     questions, folder = Questions(settings, run.recipe.seed, tasks), run.dir / "eval"

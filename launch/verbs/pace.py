@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from shoal.artifacts.plan import Plan
 from shoal.machine import ranks_to_start
-from shoal.models.cost import model_cost
+from shoal.models.cost import active_weights
 from shoal.models.load import without_data
 from shoal.runtime import device
 
@@ -81,6 +81,6 @@ def _token_seconds(run: Run) -> float:
     from shoal.train.preflight.throughput import assumed_rate
 
     model = checkpoint_of(run)
-    weights = model_cost(without_data(without_quantization(model.config)[0])).active_parameters
+    weights = active_weights(without_data(without_quantization(model.config)[0]))
     ranks = 1 if device().type == "cpu" else ranks_to_start(run.recipe.num_processes)  # cores are counted together
     return 2 * weights / assumed_rate(device(), model.loaded_dtype()) / ranks

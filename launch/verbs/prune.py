@@ -191,6 +191,8 @@ def refuse_unmeasured(run: Run) -> None:
     The choice is made among columns without scores, whose names and lengths are known beforehand. Where importance.json
     is there and belongs to this run, it tells.
     """
+    if _is_named(run):
+        return
     from shoal.compress.free_layers import free_layers
     from shoal.compress.plan import choose_changes
     from shoal.compress.sweeps.placeholder import placeholder_importance

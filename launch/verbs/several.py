@@ -25,6 +25,8 @@ from shoal.progress import loading
 from shoal.recipe.recipe import load_recipe
 from shoal.yaml_text import read_yaml
 
+from .early import refuse_early
+
 log = logging.getLogger(__name__)
 
 OF_THE_TEACHER = (Importance.FILE, "eval/teacher.json")
@@ -50,6 +52,8 @@ def each(asked: argparse.Namespace, run_one: Callable[[Sequence[str]], int]) -> 
     returns the exit code, with which the process ends where a run fails."""
     run_dir = Path(load_recipe(asked.config, asked.words).run_dir).expanduser()
     runs = combinations(run_dir, asked.each)
+    for more in runs.values():  # the last of them is refused before the first one has taken hours
+        refuse_early("run", load_recipe(asked.config, [*asked.words, *more]))
     if code := run_each(runs, lambda more: run_one([*asked.words, *more])):
         sys.exit(code)
     if asked.dry_run:
@@ -66,7 +70,10 @@ def combinations(run_dir: Path, axes: Sequence[str]) -> dict[Path, list[str]]:
     Raises:
         UserError: an axis that is not of that form, the run directory, or two runs of one name.
     """
-    if any(axis.startswith("run_dir=") for axis in axes):
+    keys = [axis.partition("=")[0] for axis in axes]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"--each {twice}: is given twice; give all its values at once: {twice}=a,b")
+    if "run_dir" in keys:
         raise UserError("--each run_dir: every run has a folder of its own in run_dir; leave it out")
     runs: dict[Path, list[str]] = {}
     for chosen in itertools.product(*map(_values, axes)):

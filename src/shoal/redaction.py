@@ -39,6 +39,12 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def shortened(text: str, longest: int = 1000) -> str:
+    """``text`` without the middle of lines that nobody reads: of a word of the command, or of a setting."""
+    half = longest // 2
+    return "\n".join(line if len(line) <= longest else f"{line[:half]} ... {line[-half:]}" for line in text.split("\n"))
+
+
 def redacted(value: Any) -> Any:
     """Settings without anything that looks like a secret, by key, by form, or because the environment holds it."""
     secrets = [secret for name, secret in os.environ.items() if _SECRET_KEY.search(name)]  # as HF_TOKEN

@@ -34,7 +34,7 @@ SEEN_S = 120
 
 NOISY = (
     *("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "fsspec", "matplotlib", "datasets"),
-    *("lm_eval", "urllib3", "absl", "DeepSpeed", "accelerate"),
+    *("lm_eval", "urllib3", "absl", "DeepSpeed", "accelerate", "huggingface_hub"),
 )
 """Loggers that say errors only."""
 GPU, DRIVER = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")

@@ -113,6 +113,7 @@ def opened(source: Source) -> Source:
     if source.path in BUNDLED:
         if source.column is not None:
             raise UserError(f"data {source.path!r}: holds texts without columns; leave column out")
+        local_files(source)
         return source
     if source.column is not None:
         return source
@@ -210,15 +211,18 @@ def local_files(source: DataSource) -> list[Path] | None:
     """
     path, kinds, picks = Path(source.path).expanduser(), ", ".join(READERS), source.split != DataSource.split
     is_path = source.path.startswith((".", "/", "~")) or path.suffix.lower() in READERS
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix.lower() in READERS]
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file() and file.suffix.lower() in READERS]
     of_split = [file for file in files if file.stem == source.split or file.stem.startswith(f"{source.split}-")]
+    is_bundled = source.path in BUNDLED or source.path in BUNDLED_ROWS
     problems = (
+        (is_bundled and (picks or source.name is not None), "is bundled, and has no split and no name; leave them out"),
         (not path.exists() and is_path, f"no such file or folder; {_known_sources(source.path)}"),
         (
             path.exists() and source.name is not None,
             "name is for the Hub and has no effect here; leave it out",
         ),
+        (path.exists() and not path.is_dir() and not path.is_file(), "is no file but a device or a pipe; name a file"),
         (path.is_dir() and not files, f"the folder holds no {kinds} file; name one that does"),
         (path.is_file() and not files, f"cannot read {path.suffix!r} files; use one of {kinds}"),
         (path.is_file() and picks, "is one file, of which split selects nothing; leave split out"),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from shoal.atomic_files import write_json
+from shoal.data.bundled import BUNDLED
 from shoal.data.chat import Chat, ImageRow, check_template, tokenised
 from shoal.data.packing import (
     COUNTS,
@@ -163,6 +164,8 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
             nothing in it is learnt.
     """
     source = opened(source)
+    if source.path in BUNDLED:  # there is text, and some takes seconds to make
+        return
     reading = _Reading(source, tokenizer, sequence_length if packing == "bfd" else None, sequence_length)
     if source.is_chat:
         check_template(tokenizer, source.path)

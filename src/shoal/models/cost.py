@@ -68,13 +68,23 @@ def model_cost(model: PreTrainedModel) -> Cost:
     parts = anatomy(model)
     # the module that holds the list of layers, and what comes before and after it but the head
     decoder = model.get_submodule(parts.layers_name.rpartition(".")[0])
-    head_parameters = num_parameters(parts.head) if parts.head is not None else 0
     return Cost(
         num_layers=text_config(model.config).num_hidden_layers,
         num_parameters=num_parameters(model),
-        active_parameters=active_parameters(decoder) + head_parameters,
+        active_parameters=active_weights(model),
         cache=_cache(decoder),
     )
+
+
+def active_weights(model: PreTrainedModel) -> int:
+    """Parameters of ``model``, the head's among them, that are read to write one token.
+
+    Raises:
+        UserError: as model_cost.
+    """
+    parts = anatomy(model)
+    decoder = model.get_submodule(parts.layers_name.rpartition(".")[0])
+    return active_parameters(decoder) + (num_parameters(parts.head) if parts.head is not None else 0)
 
 
 def decode_bytes(cost: Cost, *, bytes_per_parameter: float, num_tokens: int, batch_size: int = 1) -> float:

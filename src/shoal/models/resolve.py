@@ -64,6 +64,8 @@ def find_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         UserError: nothing of that name, no network, or as load_config does.
     """
     if name.startswith(DEMO_PREFIX):
+        if (converted := cache_dir() / name.removeprefix(DEMO_PREFIX) / "config.json").is_file():
+            return load_config(converted.parent)
         source = _demo_source(name)
         return AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
     folder = Path(name).expanduser()

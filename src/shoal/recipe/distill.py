@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from shoal.errors import UserError
 from shoal.recipe.evaluate import Names
 from shoal.recipe.losses import ForwardKL, Losses, LossTerm, asked_sources, needs_teacher, temperatures
 from shoal.recipe.section import (
@@ -153,6 +155,14 @@ class Lora(Section):
     """Hold frozen weights of the layers in 4 bits (nf4) while training (QLoRA, Dettmers et al. 2023,
     arXiv:2305.14314); needs bitsandbytes. Adapters are merged into the weights as they were before that."""
 
+    def require_packages(self) -> None:
+        """Refuse 4-bit weights without the package that makes them."""
+        if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                "distill.lora.load_in_4bit: needs bitsandbytes; run `pip install 'bitsandbytes>=0.50'`, or set it to "
+                "false"
+            )
+
 
 @dataclass(frozen=True)
 class OnPolicy(Section):
@@ -234,6 +244,8 @@ class Distill(Section):
     the mapping itself; None = ZeRO 0."""
 
     def __post_init__(self) -> None:
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile ends before it begins (got {list(self.profile)})")
         if self.watch is not None and not self.watch.scores and self.watch.metric_for_best_model is None:
             object.__setattr__(self, "watch", None)
         # transformers' words for precision: said where nothing else is, or said twice

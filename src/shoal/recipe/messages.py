@@ -159,8 +159,11 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
 def meant_key(word: str, known: Sequence[str], root: type[Section]) -> str:
     """What an unknown key may mean: the key that other tools call so, one that another section of ``root`` has, or the
     most alike of those ``known`` where it stands."""
-    if get_close_matches(word, known, cutoff=0.8):
-        return meant(word, known, "")
+    section, _, rest = word.partition(".")
+    if rest and section in known:
+        return f"a key in a section is nested: {section}: {{{rest}: ...}}"
+    if get_close_matches(word.lower(), known, cutoff=0.8):
+        return meant(word.lower(), known, "")
     if here := field_word(word):
         return f"here it is {here}"
     elsewhere = [] if "kind" in known else [place for place in all_places(root) if place.endswith(f".{word}")]

@@ -27,11 +27,13 @@ from shoal.recipe.evaluate import CONFIGS_DIR, Eval
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import blamed, checked, quoted
 from shoal.recipe.prune import CutByScore, Prune
-from shoal.recipe.section import Dtype, Named, Positive, Section, Seed, Shapes, Text, types_of
+from shoal.recipe.section import Dtype, Named, Place, Positive, Section, Seed, Shapes, Text, types_of
 from shoal.recipe.trainer_arguments import read_deepspeed
 from shoal.redaction import redacted
 from shoal.yaml_text import read_yaml
 
+REPO = r"^[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*/[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*$"
+"""What the Hub takes for the name of a repository."""
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +45,7 @@ class Track(Section):
     wandb: Literal["online", "offline", "off"] | None = None
     """None = online where somebody is logged in to W&B (a key in the environment or of `wandb login`),
     offline after WANDB_MODE=offline, else off."""
-    project: str = "shoal"
+    project: Text = "shoal"
     """W&B project."""
     tags: tuple[str, ...] = ()
     """Tags of the W&B run."""
@@ -53,7 +55,7 @@ class Track(Section):
 class Export(Section):
     """Where the result is published."""
 
-    hub_repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    hub_repo: Annotated[str, Field(pattern=REPO)] | None = None
     """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
     private: bool = True
     """Make a new repository private; one that is there already and public is refused."""
@@ -65,9 +67,9 @@ class Export(Section):
 class Recipe(Section):
     """Everything one run is made of."""
 
-    model: Annotated[Text, Shapes.BY_CONTENT]
+    model: Annotated[Place, Shapes.BY_CONTENT]
     """Hub id, local path or demo:<name>."""
-    run_dir: Annotated[Text, Shapes.NOTHING] = ""
+    run_dir: Annotated[Place, Shapes.NOTHING] = ""
     """Folder of all that the run makes; left out = runs/NAME, where NAME is the model's: runs/Qwen3-8B for
     Qwen/Qwen3-8B."""
     seed: Annotated[Seed, Shapes.NUMBERS | Shapes.ROWS] = 0

@@ -84,6 +84,8 @@ def refuse_other_folder(run_dir: Path) -> None:
     """
     if os.path.lexists(run_dir) and not run_dir.is_dir():
         raise UserError(f"{run_dir}: a file or broken link is in the way; set run_dir to another folder")
+    if (run_dir / "config.json").exists():
+        raise UserError(f"{run_dir}: is the folder of a model; set run_dir to another folder")
     taken = [name for name in FOLDERS if (run_dir / name).exists()]
     if taken and not any(any(run_dir.glob(name)) for name in RESULTS):
         raise UserError(

@@ -27,7 +27,17 @@ from pydantic_core.core_schema import no_info_before_validator_function
 Positive = Annotated[int, Field(gt=0)]
 RowLength = Annotated[int, Field(ge=2, description="Tokens of one row; a row of one token holds nothing to predict.")]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _no_blank(text: str) -> str:
+    if text.isspace():
+        raise ValueError(f"is blank (got {text!r})")
+    return text
+
+
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(_no_blank)]
+"""A path, or what may stand in place of one."""
 
 
 def _index(value: Any) -> int:
@@ -266,7 +276,7 @@ AUTO = "auto"
 class DataSource(Section):
     """Where text comes from, and how much of it."""
 
-    path: Text
+    path: Place
     """A bundled name (`shoal list data`), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or a
     Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``, else
     all. auto = broad public text from the Hub, or bundled text for a small model and where the Hub does not answer; a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ NEUTRAL = {
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 """Sections that say what is computed in."""
 SECTIONS = ("zero_optimization", *PRECISIONS, "offload_optimizer", "offload_param")
+DEEPSPEED = (
+    *(*SECTIONS[:4], "optimizer", "scheduler", "activation_checkpointing", "gradient_clipping"),
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"),
+)
+"""What DeepSpeed reads in most configurations; it passes over a key that it does not know."""
 MIXED = {"bfloat16": "bf16-mixed", "float16": "fp16-mixed"}
 """Words of distill.precision for what autocast casts to."""
 COMPUTED_IN = {"bf16": "bfloat16", "fp16": "float16"}
@@ -149,6 +155,9 @@ def trained_in(config: Mapping[str, Any], fastest: str) -> str:
 
 def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` without sections that are null, or whose precision is `auto`, which is the recipe's."""
+    for name in config:
+        if name not in DEEPSPEED and (close := get_close_matches(name, DEEPSPEED, n=1, cutoff=0.85)):
+            raise UserError(f"distill.deepspeed: {name} is no key of DeepSpeed's; did you mean {close[0]!r}?")
     for parts in (config, config.get("zero_optimization") or {}):
         for name in filter(parts.__contains__, SECTIONS):
             section = parts[name]

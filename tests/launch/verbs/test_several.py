@@ -51,7 +51,7 @@ def test_what_the_teacher_gave_the_first_run_lies_ready_for_the_others(tmp_path:
 
 
 def test_the_command_ends_with_the_comparison(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run_verb(verb: str, config: str, overrides: Sequence[str], **_: Any) -> int:
         folder = Path(overrides[-1].partition("=")[2])
@@ -60,7 +60,7 @@ def test_the_command_ends_with_the_comparison(
 
     monkeypatch.setattr(cli, "run_verb", run_verb)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: demo:tiny\nrun_dir: {tmp_path / 'runs'}\n")
+    recipe.write_text(f"model: {teacher}\nrun_dir: {tmp_path / 'runs'}\n")
     assert cli._main(["run", str(recipe), "--each", "seed=0,1"]) == 0
     assert "seed=0  dropping" in capsys.readouterr().out
     assert (tmp_path / "runs/compare/compare.html").is_file()
