@@ -342,6 +342,8 @@ def _begun_in(folder: Path, key: str, values: Sequence[str] = DTYPES) -> tuple[s
 def _mapping(file: Path, *keys: str) -> dict[str, Any]:
     """What ``file`` holds under ``keys``; empty where it is not there, or is damaged, which its own stage says in its
     own words."""
+    if not file.is_file():
+        return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         for key in keys:

@@ -121,6 +121,8 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
             problem = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
             raise UserError(f"data {where}: a turn in {column!r} {problem}; every turn needs a role and a content")
+        if not isinstance(content := turn.get("content"), str | list | None):
+            raise UserError(f"data {where}: the content of a turn in {column!r} is {type(content).__name__}, not text")
     return [dict(turn) for turn in value]
 
 
@@ -150,10 +152,11 @@ def tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list
     """
     try:
         return _tokenised(chat, tokenizer, assistant_only=assistant_only)
-    except (jinja2.TemplateError, TypeError) as error:
+    except (jinja2.TemplateError, TypeError, OverflowError, MemoryError) as error:
+        reason = str(error).strip() or type(error).__name__
         roles = ", ".join(message["role"] for message in chat.messages)
         raise UserError(
-            f"data {chat.where}: the chat template refuses a conversation of {roles} ({str(error).strip()}); leave "
+            f"data {chat.where}: the chat template refuses a conversation of {roles} ({reason}); leave "
             "such rows out or bring them into the order that the model was trained on"
         ) from error
 
