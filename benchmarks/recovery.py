@@ -63,11 +63,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=200_000, help="equal tokens (200000)")
     parser.add_argument("--limit", type=int, default=400, help="most items of a task (400)")
     asked = parser.parse_args(words)
-    asked.out = (asked.out / asked.model).resolve()
+    asked.out, asked.data_dir = (asked.out / asked.model).resolve(), asked.data_dir and asked.data_dir.resolve()
     asked.spread = asked.data_dir and spread(asked.data_dir, asked.out / f"data-{asked.limit}", asked.limit)
     teacher, cut = teacher_of(asked), asked.out / "cut"
     score(asked, "teacher", teacher)
-    shoal_command("prune", recipe(asked, cut, {}, tokens=1, seed=0))
+    run("shoal.launch.cli", "prune", "--config", recipe(asked, cut, {}, tokens=1, seed=0))
     score(asked, "cut", cut / "student")
     for seed in asked.seeds:
         for arm in asked.arms:
@@ -160,9 +160,9 @@ def train(other: str | None, run_dir: Path, file: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
         if other is None:
-            shoal_command("distill", file)
+            run("shoal.launch.cli", "distill", "--config", file)
         else:
-            subprocess.run([sys.executable, "-m", f"benchmarks.recovery_{other}", file], cwd=HERE.parent, check=True)
+            run(f"benchmarks.recovery_{other}", file)
     finally:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -235,9 +235,10 @@ def costs(out: Path, name: str) -> dict[str, Any]:
     }
 
 
-def shoal_command(verb: str, file: Path) -> None:
-    """`shoal VERB --config FILE`."""
-    subprocess.run([sys.executable, "-m", "shoal.launch.cli", verb, "--config", str(file)], check=True)
+def run(module: str, *words: object) -> None:
+    """Run a module from the repository, and end as it does where that is no success: it has said why."""
+    if code := subprocess.run([sys.executable, "-m", module, *map(str, words)], cwd=HERE.parent).returncode:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
