@@ -45,11 +45,7 @@ open and closed, and of the held-out eighth what goes on from there."""
 
 
 class Source:
-    """A model, taken apart.
-
-    Raises:
-        UserError: layers that cannot be run one by one.
-    """
+    """A model, taken apart."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.decoder = model, Decoder(model)  # first, since its word on damaged weights is clearer

@@ -208,9 +208,6 @@ def compensate(
 
     A gap at which the divergence of the student's next-token distributions from the teacher's does not fall on held-out
     rows stays as it was.
-
-    Raises:
-        UserError: a family into whose weights nothing can be folded exactly, states that are not finite.
     """
     return _Fitting(source, drop, settings, text, before).run()
 

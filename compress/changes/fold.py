@@ -102,11 +102,7 @@ class Correction:
         return after_BSD, seen[0].reshape(*after_BSD.shape[:2], -1)
 
     def folded(self, added_FD: Tensor, hidden_BSD: Tensor, call: Call) -> Tensors:
-        """The tensors with which the MLP writes f E more, E = ``added_FD``, proven on a state and a call of this layer.
-
-        Raises:
-            UserError: a family in which no weights do this.
-        """
+        """The tensors with which the MLP writes f E more, E = ``added_FD``, proven on a state and a call of it."""
         output_dim, scale = self.form(hidden_BSD, call)
         tensors = self._added(added_FD / scale, output_dim)
         assert tensors is not None

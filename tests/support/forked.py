@@ -72,26 +72,19 @@ class Command:
     """The same of the command itself, which the forkserver starts."""
 
     def __init__(self, process: ForkServerProcess) -> None:
-        self._process = process
         process.start()
-        assert process.pid is not None
-        self.pid = process.pid
+        self._process, self.pid = process, process.pid
+        self.poll = lambda: process.exitcode
+        self.send_signal = partial(os.kill, process.pid)
 
     @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float) -> None:
         self._process.join(timeout)
-        if (code := self.returncode) is None:
+        if self.returncode is None:
             raise subprocess.TimeoutExpired("shoal", timeout)
-        return code
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
 
 
 def as_command(arguments: Sequence[str], env: Mapping[str, str], folder: str, log: str) -> None:
