@@ -140,6 +140,7 @@ def recipe(asked: argparse.Namespace, run_dir: Path, arm: Mapping[str, Any], *, 
         "dtype": "float32",
         "prune": {"drop": about["drop"]},
         "distill": distill,
+        # what the training text is searched for
         "eval": {"tasks": [*chain(*about["tasks"].values())], "data_dir": asked.spread},
         "track": {"wandb": "off"},
     }
@@ -192,11 +193,10 @@ def score(asked: argparse.Namespace, name: str, model: Path) -> None:
 
 def write_table(asked: argparse.Namespace) -> None:
     """table.csv of all that is scored."""
-    names = sorted((file.stem for file in (asked.out / "made").glob("*.json")), key=lambda name: ("-" in name, name))
-    of_names = {
-        name: {s.task: s for file in (asked.out / "scores" / name).glob("*.json") for s in Scores.load(file).tasks}
-        for name in names
-    }
+    of_names: dict[str, dict[str, TaskScore]] = {}
+    for made in sorted((asked.out / "made").glob("*.json")):
+        files = (asked.out / "scores" / made.stem).glob("*.json")
+        of_names[made.stem] = {task.task: task for file in files for task in Scores.load(file).tasks}
     rows = [
         {"name": name, **row, **costs(asked.out, name)}
         for name, own in of_names.items()

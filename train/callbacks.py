@@ -203,7 +203,8 @@ class Events(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if is_main():
-            kept = self._file.read_text(encoding="utf-8").splitlines() if state.global_step else []
+            goes_on = state.global_step and self._file.is_file()  # a log may have been deleted
+            kept = self._file.read_text(encoding="utf-8").splitlines() if goes_on else []
             whole = (line for line in kept if line.endswith("}"))  # the last one may be torn
             kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
             write_text(self._file, "".join(f"{line}\n" for line in kept))

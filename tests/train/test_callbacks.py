@@ -175,3 +175,6 @@ def test_every_logged_step_is_a_line_of_json_and_a_resumed_training_repeats_none
     assert capsys.readouterr().out.splitlines() == file.read_text().splitlines()[2:]
     logged(0, 1)
     assert len(file.read_text().splitlines()) == 1, "begun anew"
+    file.unlink()
+    logged(1, 2)
+    assert len(file.read_text().splitlines()) == 1, "deleted by somebody between two trainings"
