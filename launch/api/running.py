@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import Tabular
+from shoal.artifacts.artifact import Tabular, given_path
 from shoal.artifacts.evaluation import CONTROL, Scores
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
@@ -51,7 +51,7 @@ class Run(Tabular):
         Raises:
             UserError: no such folder, nothing in it, or results that do not belong together.
         """
-        found = read_run(Path(path).expanduser())
+        found = read_run(given_path(path, "shoal.Run.load"))
         return cls(found.folder, found.importance, found.plan, found.training, found.evaluations)
 
     def model(self, role: str = "distilled") -> PreTrainedModel:
@@ -120,12 +120,17 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
     """
     if not isinstance(recipe, str | Path | Mapping):
         raise UserError(f"shoal.run: recipe: is {type(recipe).__name__}; give a file, a folder, a name or a mapping")
+    if wrong := next((override for override in overrides if not isinstance(override, str)), None):
+        raise UserError(f"shoal.run: override {wrong!r}: is {type(wrong).__name__}; give section.key=value as text")
     with TemporaryDirectory() as temporary, explained_paths():
         config = str(recipe) if isinstance(recipe, str | Path) else str(Path(temporary) / "recipe.yaml")
         if isinstance(recipe, Mapping):
             overrides = (*overrides, "allow=send,write,code")  # Python is the user's own word
             parse_recipe(dict(recipe))  # whose messages say `recipe`, and not a file that nobody has written
-            write_json(Path(config), dict(recipe))  # JSON is YAML
+            try:
+                write_json(Path(config), dict(recipe))  # JSON is YAML
+            except TypeError as error:
+                raise UserError(f"shoal.run: recipe: holds what no file could ({error})") from error
         said, file = read_settings(config, overrides)
         settings = settled(said, file, overrides)
         refuse_early("run", settings)

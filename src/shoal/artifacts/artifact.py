@@ -29,6 +29,13 @@ COLUMNS = 9
 NUMBER = "{:.4g}".format
 
 
+def given_path(path: object, source: str) -> Path:
+    """The path that the function ``source`` is given; refused is what is none."""
+    if not isinstance(path, str | Path):
+        raise UserError(f"{source}: path: is {type(path).__name__}; give a path")
+    return Path(path).expanduser()
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What made an artifact, where and when."""
@@ -128,7 +135,7 @@ class Artifact:
 
     @classmethod
     def _file(cls, path: str | Path) -> Path:
-        path = Path(path).expanduser()
+        path = given_path(path, f"shoal.{cls.__name__}.load")
         return path / cls.FILE if cls.FILE and path.is_dir() else path
 
     @classmethod
