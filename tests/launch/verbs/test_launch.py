@@ -15,7 +15,8 @@ import shoal
 from shoal import machine
 from shoal.errors import UserError
 from shoal.launch import cli
-from shoal.launch.verbs import pace
+from shoal.launch.api import running
+from shoal.launch.verbs import early, pace
 from shoal.launch.verbs import run as verbs
 from shoal.launch.verbs.launch import LaunchEnded, rank_environment
 from shoal.machine import bfloat16_instructions
@@ -70,7 +71,8 @@ def test_a_recipe_for_the_cpu_hides_every_gpu_while_it_runs_and_not_longer(
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    monkeypatch.setattr(cli, "_refuse_early", look)
+    monkeypatch.setattr(early, "refuse_early", look)
+    monkeypatch.setattr(running, "refuse_early", lambda *_: None)
     monkeypatch.setattr(verbs, "open_run", look)
     before = dict(os.environ)
     for device in ("cpu", "auto"):

@@ -91,7 +91,7 @@ def test_every_column_has_a_panel_with_its_intervals_and_every_gap_one() -> None
     atlas = swept().atlas
     assert atlas is not None
     draw_column(figure.axes[-1], replace(atlas.columns[0], n=49), "few", "C0", (), range(6))
-    assert figure.axes[-1].get_title(loc="left") == "few: share kept (n = 49, too few for narrow intervals)"
+    assert figure.axes[-1].get_title() == "few: share kept (n = 49, too few for narrow intervals)"
     band = figure.axes[1].collections[0].get_paths()[0].vertices
     reached = {round(float(y), 6) for _, y in band}  # pyright: ignore
     for effect in atlas.columns[0].effects:
