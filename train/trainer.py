@@ -47,7 +47,7 @@ from .dataset import StepSampler
 from .engine.arguments import kept_checkpoints
 from .engine.background import BackgroundWriter
 from .engine.checkpoint import commit, layout, remove_older, removed_unless_complete, separate_groups
-from .engine.sharding import gathered, keep_gradient_norm, place_teacher, reduce_in_parts
+from .engine.sharding import forwards_uncounted, gathered, keep_gradient_norm, place_teacher, reduce_in_parts
 from .engine.stop import StopRequest
 from .objective.host_batch import on_host, stacked
 from .objective.objective import Signals
@@ -190,6 +190,7 @@ class ObjectiveTrainer(Trainer):
             warnings.catch_warnings(action="ignore", category=FutureWarning),
             checkpointing_kept(self.objective.student),
             unwrap_model_for_generation(wrapped, self.accelerator) as model,
+            forwards_uncounted(wrapped),
             own_forwards(self.objective.student),
             # DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through
             torch.autocast(self.args.device.type, dtype, enabled=dtype is not None),

@@ -122,6 +122,23 @@ def reduce_in_parts(engine: Any) -> None:
 
 
 @contextmanager
+def forwards_uncounted(engine: Any) -> Iterator[None]:
+    """Inside, ranks may run a student that is whole on each of them unlike often: under ZeRO 3 a hook at its beginning
+    compares the order of its layers with the other ranks', and waits for them."""
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is None:
+        yield
+        return
+    hooks, number = offload.module._forward_pre_hooks, offload.fwd_pre_hook.id
+    hook = hooks.pop(number)
+    try:
+        yield
+    finally:
+        hooks[number] = hook
+        hooks.move_to_end(number, last=False)
+
+
+@contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """The module's parameters in full where ZeRO-3 has sharded them, and on the device where they are offloaded;
     elsewhere nothing happens."""
