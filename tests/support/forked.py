@@ -73,6 +73,7 @@ class Command:
 
     def __init__(self, process: ForkServerProcess) -> None:
         process.start()
+        assert process.pid is not None
         self._process, self.pid = process, process.pid
         self.poll = lambda: process.exitcode
         self.send_signal = partial(os.kill, process.pid)
