@@ -13,7 +13,6 @@ what is to be printed. What it writes goes to lab/ in the run directory.
     patching     through which states the answer reaches the last token
     reading      reading against writing
     sweeps       tasks without heads, with ever fewer layers, with a donor's layers
-    vision       layers, states of the tower and models over rows of images
 
 Folders:
 

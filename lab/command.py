@@ -26,7 +26,6 @@ PARTS: dict[str, str] = {
     "reading": "what a layer does for other tokens of the prompt, and what where an answer is predicted",
     "swap": "layers of a donor in the place of the model's own",
     "sweeps": "tasks without single heads or key-value groups, with ever fewer layers, with a donor's layers",
-    "vision": "what images say of layers, and of states of the vision tower",
 }
 """Name of every part, which is also its module here -> what it says, in a line."""
 

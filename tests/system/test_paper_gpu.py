@@ -19,9 +19,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from architectures import CLIP
-from architectures import tiny_model as tiny_reader
-from exactness import batch_with_image
 from image_models import image_model, image_rows
 from paper_gpu import GPU, MixedDevices, PaperGpu, paper_gpu
 from tiny import VOCAB_SIZE, tiny_model
@@ -41,7 +38,7 @@ from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.surgery.narrow_config import kept_width
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import INTACT, Edited, score_variants, variant_of, without
-from shoal.data.image_rows import Asked, ImageReader, RowsWithImages, training_images
+from shoal.data.image_rows import ImageReader, RowsWithImages, training_images
 from shoal.data.packing import IMAGES, PackedRows
 from shoal.data.streams import Layout as Packing
 from shoal.data.streams import pack
@@ -49,7 +46,6 @@ from shoal.inference.decoder import Decoder
 from shoal.inference.generation import sample, write_after
 from shoal.inference.scoring import score
 from shoal.lab.sweeps import WithDonor
-from shoal.lab.vision import layer_scores, state_scores
 from shoal.models.document_masks import documents_known
 from shoal.recipe.distill import Distill, TrainingSource
 from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy, ForwardKL, HiddenStates
@@ -168,14 +164,6 @@ def varied(model: Any) -> Any:
     return generate_variants(Edited(model), Decoder(model), prompts, variants, limits, batch_size=3)
 
 
-def seen(model: Any) -> Any:
-    tower = {"vision_feature_layer": -2, "vision_config": {**CLIP, "num_hidden_layers": 3}}
-    reader: Any = tiny_reader("llava", **tower)
-    items = [Asked(batch_with_image("llava", reader), 3)]
-    reader.to(model.device)
-    return layer_scores(reader, items), state_scores(reader, items)
-
-
 WHOLE = ("layer", "skip_prompt", "skip_written", "donor")
 """Parts that take no proof of where a layer's halves and heads are."""
 STAGES: dict[str, tuple[Callable[[Any], Any], int]] = {
@@ -189,7 +177,6 @@ STAGES: dict[str, tuple[Callable[[Any], Any], int]] = {
     "recording": (recorded, 1 * (3 + 2)),
     "compensation": (compensated, 147),
     "width": (narrowed, 56),
-    "images": (seen, 4 + 11 * 3),
     **{f"edit: {part}": (edited(part), (23 if part in WHOLE else 77) + 2 * 1) for part in EDITS},
 }
 """What a stage computes, and how often the host may wait: for its checks of a model once, then once for every batch of

@@ -99,14 +99,6 @@ def images_fingerprint(data: Sequence[DataSource]) -> str:
     return image_rows_fingerprint([row for rows in training_images(data).values() for row in rows])
 
 
-def asked(rows: Sequence[ImageRow], processor: Any, config: Any) -> Iterator[Asked]:
-    """What the model of ``config`` is given for each row, made when it is asked for.
-
-    The prompt is rendered with the chat template where there is one, else it stands behind the image."""
-    for row in rows:
-        yield _asked(row, _rendered(row.prompt, processor), row.answer, processor, config)
-
-
 def _asked(row: ImageRow, prompt: str, answer: str, processor: Any, config: Any) -> Asked:
     """What the model is given for ``row``, of whose question and answer these are the texts."""
     longest, bos = getattr(text_config(config), "max_position_embeddings", None), processor.tokenizer.bos_token
