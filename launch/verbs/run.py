@@ -198,7 +198,8 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     story = agreed(lambda: read_json(Path(recipe.run_dir).expanduser() / STORY))  # refuses a damaged one, whoever asks
     begun = story.get("numerics") or {}
     is_open = any(source.path == AUTO for source in (*recipe.measure.data, *recipe.distill.data))
-    if is_open and (computes or begun.get("text")):  # a report that is made of nothing decides nothing
+    is_begun = any((Path(recipe.run_dir).expanduser() / name).is_file() for name in (Importance.FILE, Training.FILE))
+    if is_open and (computes or is_begun or begun.get("text")):  # a report that is made of nothing decides nothing
         text = agreed(lambda: _text(recipe, begun))
         numerics = replace(numerics, text=text.kind, text_reason=text.reason)
         log.info("text: %s (%s)", ", ".join(source.path for source in text.of(recipe.distill.data)), text.reason)
