@@ -7,7 +7,6 @@ shoal.compress.surgery.teacher.
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.util
 import json
 import os
@@ -58,13 +57,6 @@ def sharded(path: Path, row: str, *, dtype: torch.dtype = torch.float32, max_sha
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for shard in read_shards(folder) for name, tensor in load_file(shard.file).items()}
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, tensor in tensors(folder).items()
-    }
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -136,7 +128,7 @@ def test_multi_token_prediction_is_left_out(name: str, tmp_path: Path, caplog: p
     save_file({**tensors, name: torch.zeros(4)}, folder / "model.safetensors", metadata={"format": "pt"})
     apply_plan(folder, plan((1,)), tmp_path / "student")
     assert f"1 tensors behind the last layer ({name}, ...) are left out" in caplog.text
-    assert len(hashes(tmp_path / "student")) == len(tensors) - 9
+    assert sum(len(shard.tensors) for shard in read_shards(tmp_path / "student")) == len(tensors) - 9
 
 
 # --- proofs
@@ -229,15 +221,6 @@ def test_plan_for_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan: is for a model of 30 layers, but .* has 6"):
         apply_plan(folder, plan((1,), num_layers=30), tmp_path / "student")
     assert not (tmp_path / "student").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("drop", [(6,), (-1,), (0, 1, 2, 3, 4, 5)])
-def test_indices_that_no_cut_can_mean_are_refused(drop: tuple[int, ...], tmp_path: Path) -> None:
-    folder = tiny_checkpoint(tmp_path, "llama")
-    with pytest.raises(UserError, match=r"is no layer of this model|names all 6 layers"):
-        apply_plan(folder, plan(drop), tmp_path / "student")
-    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 
 
 # --- interrupted

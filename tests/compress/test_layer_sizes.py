@@ -177,15 +177,12 @@ def test_a_stand_in_reaches_the_target_before_there_are_scores() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ({"params": 1265, "speedup": 1.1}, None),
         ({"params": 1265}, r"nothing has to go, because all of it holds already: params 1,265"),
         ({"memory_gb": 1}, r"nothing has to go, because all of it holds already: memory_gb .* \(asked: 1\)"),
     ],
 )
-def test_a_target_that_the_model_reaches_is_refused(target: dict[str, Any], message: str | None) -> None:
-    if message is None:
-        assert choose(target)[0]
-        return
+def test_a_target_that_the_model_reaches_is_refused(target: dict[str, Any], message: str) -> None:
+    assert choose(target | {"speedup": 1.1})[0]
     with pytest.raises(UserError, match=message):
         choose(target)
 
@@ -201,15 +198,8 @@ def test_what_no_choice_reaches_is_refused_before_anything_is_measured() -> None
         goals_of(memory, unknown)
 
 
-@pytest.mark.parametrize(
-    ("prune", "message"),
-    [
-        ({"num_drop": 2}, r"prune: num_drop and target exclude each other; give one of them"),
-        ({"drop": [1]}, r"prune.target: has no place beside prune.drop; give one of them"),
-    ],
-)
-def test_another_amount_beside_a_target_is_refused(prune: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        prune_to({"params": 100}, **prune)
+def test_another_amount_beside_a_target_is_refused() -> None:
+    with pytest.raises(UserError, match=r"prune: num_drop and target exclude each other; give one of them"):
+        prune_to({"params": 100}, num_drop=2)
     with pytest.raises(UserError, match=r"prune.target: batch_size and sequence_length are of memory_gb and speedup"):
         prune_to({"params": 100, "batch_size": 2})

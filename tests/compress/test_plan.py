@@ -19,7 +19,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance, Removal
 from shoal.components import Component
 from shoal.compress.free_layers import default_count
-from shoal.compress.plan import Choice, choose_changes, stand_in
+from shoal.compress.plan import Choice, choose_changes
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import expected_sacrifice, joint_change
 from shoal.errors import UserError
@@ -95,22 +95,6 @@ def test_contiguous_takes_the_cheapest_run_without_a_protected_layer() -> None:
 def test_impossible_choice_is_refused(prune: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose(importance(), **prune)
-
-
-@pytest.mark.parametrize(
-    ("prune", "message"),
-    [
-        (CutByScore(num_drop=5), r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\]\)"),
-        (
-            CutByScore(num_drop=3, contiguous=True, protect=(0, 3, -1)),
-            r"asks to drop 3 layers, but the longest run that is not protected has 2 \(\[0, 3, 5\]\)",
-        ),
-    ],
-)
-def test_more_layers_than_are_free_are_refused_before_anything_is_measured(prune: CutByScore, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        stand_in(prune, num_layers=NUM_LAYERS)
-    stand_in(replace(prune, num_drop=2), num_layers=NUM_LAYERS)
 
 
 # --- columns of a sweep -------------------------------------------------------------------------------------------

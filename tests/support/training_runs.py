@@ -239,16 +239,6 @@ def take_chunks(tokens: int) -> None:
     wiring.CHUNK = tokens
 
 
-def compile_nothing() -> None:
-    """Let nothing be compiled that is asked to be."""
-    from shoal.train.engine import kernels
-
-    def refuse(*_: Any) -> Any:
-        raise RuntimeError("no compiler here")
-
-    kernels.BACKEND = refuse
-
-
 def run_out_of_memory(step: int, message: str) -> None:
     """Let the device be full in the middle of step number ``step``, counted from 1."""
     from shoal.train.trainer import DistillTrainer

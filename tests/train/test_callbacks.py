@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 import torch
 from compared_runs import nats
-from ranks import as_rank
 from tiny import tiny_model, tiny_tokenizer
 
-from shoal.errors import UserError
 from shoal.eval.evaluate import QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
@@ -103,16 +101,6 @@ def test_a_resumed_run_remembers_the_best_of_its_earlier_life_and_not_another_ru
     assert found is not None
     assert found["step"] == 4
     assert watcher(tmp_path, **BEST, inputs={"a": 2}).best() is None
-
-
-def test_a_task_with_fewer_items_than_ranks_is_refused_before_training_starts(monkeypatch):
-    for name, value in as_rank(0, 2).items():
-        monkeypatch.setenv(name, value)
-    settings, config = Eval(tasks=("knowledge_continuation",), limit=1), tiny_model("llama").config
-    with pytest.raises(
-        UserError, match=r"^distill\.watch\.limit: 'knowledge_continuation' has 1 item\(s\) for 2 ranks"
-    ):
-        QuickScores(tiny_tokenizer(), settings, config=config, seed=0)
 
 
 def test_scoring_leaves_training_mode_and_random_numbers_as_they_were():

@@ -11,7 +11,6 @@ import torch
 from training_runs import (
     Trial,
     compile_graphs_only,
-    compile_nothing,
     finished,
     recipe,
     run,
@@ -54,18 +53,6 @@ def test_a_compiled_training_is_the_plain_one_and_goes_on_bit_for_bit(
     on = finished(run(unfinished(whole, tmp_path / "on", step=4), before=compile_graphs_only))
     for name, weight in whole.weights().items():
         assert torch.equal(weight, on.weights()[name]), name
-
-
-@pytest.mark.prove
-def test_a_training_that_cannot_be_compiled_says_so_once(
-    plain: Trial, teacher: Path, cut: Path, tmp_path: Path
-) -> None:
-    trial = finished(
-        run(recipe(tmp_path, teacher, cut, **settings(trainer={"torch_compile": True})), before=compile_nothing)
-    )
-    assert trial.log.count("cannot be compiled") == 1
-    assert "no compiler here" in trial.log
-    assert trial.curve() == plain.curve()
 
 
 @pytest.mark.prove

@@ -276,16 +276,12 @@ def dealt_rows(trial: Trial, step: int) -> list[list[int]]:
     return sorted(read_rows(folder).input_ids_NS[(step - 1) * BATCH : step * BATCH].tolist())
 
 
-def by_source(folder: Path, *own: str | None) -> list[dict[str, Any]]:
-    """Two sources that learn from these loss terms."""
-    return [{"path": alternating(folder, letter), "losses": names} for letter, names in zip("ab", own, strict=True)]
-
-
 @pytest.mark.prove
 @pytest.mark.parametrize("trainable", ["all", "from_first_cut"])
 def test_rows_that_ask_no_teacher_change_nothing_by_not_being_read(teacher, cut, tmp_path, trainable):
     settings = {"losses": "forward_kl", "trainable": trainable, "deepspeed": "zero1"}
-    data, trials = by_source(tmp_path, None, "cross_entropy"), []
+    own, trials = {"a": None, "b": "cross_entropy"}, []
+    data = [{"path": alternating(tmp_path, letter), "losses": names} for letter, names in own.items()]
     for hook in (None, ask_of_all_rows):
         path = recipe(tmp_path / f"{hook is None}", teacher, cut, **settings, data=data)
         trials.append(finished(run(path, ranks=2, before=hook)))

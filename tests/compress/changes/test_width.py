@@ -39,7 +39,6 @@ from shoal.models.checkpoint_files import checkpoint_bytes, read_shards
 from shoal.models.load import load_config, load_model
 from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Compensate, Width
-from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import TextSource
 
 CASES = cases(__file__)
@@ -48,7 +47,6 @@ DROP = (2,)
 SIZE, GROUPS = 48, 2
 """Channels and key-value heads of the tiny models."""
 BOTH = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi3", "smollm3", "granite", "glm4")
-HEADS = "num_key_value_heads"
 CHANNELS_ONLY = ("olmo2", "gpt_neox", "falcon", "opt")
 FIELDS = {"falcon": "ffn_hidden_size", "opt": "ffn_dim"}
 OUTPUTS = {"gpt_neox": ("dense_4h_to_h", ""), "falcon": ("dense_4h_to_h", ""), "opt": ("fc2", "")}
@@ -305,15 +303,3 @@ def test_what_cannot_be_narrowed_is_refused_by_name(
     with pytest.raises(UserError, match=message):
         narrowed(saved(tmp_path, name), text, settings(**changes))
     assert not (tmp_path / "student").exists()
-
-
-@pytest.mark.parametrize(
-    ("prune", "message"),
-    [
-        ({"drop": [1], "changes": "width"}, "prune.changes.0: names nothing to narrow"),
-        ({"drop": [1], "changes": [{"kind": "width", "intermediate_size": 7.5}]}, "7.5 is no whole number"),
-    ],
-)
-def test_a_width_that_says_nothing_is_refused(prune: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        parse_recipe({"model": "m", "prune": prune})

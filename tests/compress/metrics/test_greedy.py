@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -58,15 +59,14 @@ def test_removals_that_cannot_be_made_are_refused(num_layers: int, count: int | 
         greedy_order(layer_components(num_layers), Table(3, 0), num_removals=count, name="x")
 
 
-def task(name: str, score: float) -> TaskScore:
-    return TaskScore(name, "x", "x", "x", score, 0, 1, 9, 0.0, True, "1", 0, ())
-
-
 SCORES = {"layer 0": {"a": 0.9, "b": 0.1}, "layer 1": {"a": 0.6, "b": 0.6}, "layer 2": {"a": 0.2, "b": 0.7}}
 
 
 def evaluate(variants: Sequence[Variant]) -> list[list[TaskScore]]:
-    return [[task(name, score) for name, score in SCORES[one.name].items()] for one in variants]
+    rest: Any = (0, 1, 9, 0.0, True, "1", 0, ())
+    return [
+        [TaskScore(name, "x", "x", "x", score, *rest) for name, score in SCORES[one.name].items()] for one in variants
+    ]
 
 
 def test_a_task_aware_order_keeps_up_the_mean() -> None:

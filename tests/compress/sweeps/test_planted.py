@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from planted import COPY, NUM_LAYERS, TABLE, TAME, planted_model, planted_scores
 
-from shoal.artifacts.importance import Atlas, SweepColumn
+from shoal.artifacts.importance import Atlas
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.atlas import build_atlas
 
@@ -14,11 +14,6 @@ from shoal.compress.sweeps.atlas import build_atlas
 def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
     model = planted_model()
     return build_atlas(*planted_scores(tmp_path_factory.mktemp("tasks"), model, components_of("layer", model)))
-
-
-def column(atlas: Atlas, label: str) -> SweepColumn:
-    (found,) = atlas.of(label)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -33,7 +28,7 @@ def column(atlas: Atlas, label: str) -> SweepColumn:
 def test_a_layer_is_critical_for_what_it_does_and_for_nothing_else(
     atlas: Atlas, label: str, critical: list[int]
 ) -> None:
-    found = column(atlas, label)
+    (found,) = atlas.of(label)
     assert found.intact.value == 1.0
     assert list(found.critical) == critical
     spared = [layer for layer in range(NUM_LAYERS) if layer not in critical]

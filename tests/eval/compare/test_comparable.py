@@ -134,14 +134,11 @@ def test_a_task_that_one_run_lacks_is_left_out_and_named(tmp_path: Path) -> None
 
 
 def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
-    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    one = write_run(tmp_path / "one")
     cut = write_run(tmp_path / "cut", roles=("teacher",))
     (cut / "student").mkdir()
     refusals: list[tuple[list[Path], str]] = [
-        ([one], "needs two run directories or more, there is .*one alone"),
-        ([one, tmp_path / "other/../one"], "is given twice"),
-        ([one, tmp_path / "nowhere"], "nowhere: no such run directory"),
-        ([one, one / "plan.json"], "plan.json: no such run directory"),
+        ([one, cut / "../one"], "is given twice"),
         ([one, write_run(tmp_path / "bare", roles=())], "holds no evaluation, so there is no score of a cut model"),
         (
             [one, write_run(tmp_path / "intact", roles=("teacher",))],
@@ -152,6 +149,3 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     for folders, message in refusals:
         with pytest.raises(UserError, match=message):
             compare_runs(folders)
-    (other / "eval/pruned.json").write_text('{"schema": 1')
-    with pytest.raises(UserError, match=r"other/eval/pruned\.json: is not valid JSON"):
-        compare_runs([one, other])

@@ -113,19 +113,3 @@ def test_the_command_prints_the_table_and_writes_everything(
     assert ended.value.code == 0
     assert "B distilled against A distilled" in capsys.readouterr().out
     assert len(json.loads((out / "compare.json").read_text())["models"]) == 5
-
-
-def test_the_command_ends_with_2_and_one_message(
-    two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    for words, message in (
-        ([str(two[0])], "needs two run directories"),
-        ([*map(str, two), "--out", str(tmp_path / "file")], "set --out to another folder"),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main(["compare", *words])
-        assert ended.value.code == 2
-        told = capsys.readouterr().err
-        assert told.count("shoal: error: ") == 1
-        assert message in told

@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard
 from results import evaluation, plan, training, write_formed, write_run
 
 from shoal.artifacts.plan import PlannedChange
-from shoal.errors import UserError
 from shoal.eval.report.card import model_card
 
 
@@ -177,9 +176,3 @@ def test_card_tells_changes_and_calls_no_model_of_as_many_layers_a_smaller_one(t
     assert "layer-pruning" not in metadata(card).tags
     assert "## What was changed" in card
     assert not any(words in card for words in ("faster stand-in", "## What was cut"))
-
-
-def test_card_needs_a_plan(tmp_path: Path) -> None:
-    evaluation("teacher").save(tmp_path / "eval" / "teacher.json")
-    with pytest.raises(UserError, match=r"plan\.json: no such file"):
-        model_card(tmp_path)

@@ -26,13 +26,9 @@ from shoal.eval.report.run import read_run
 CASES = cases(__file__)
 
 
-def told_of(folder: Path) -> tuple[str, ...]:
-    run = read_run(folder)
-    return headline(run, compare(run))
-
-
 def test_five_sentences_say_what_was_lost_came_back_and_is_still_lost(tmp_path: Path) -> None:
-    cut, lost, back, missing, follows = told_of(write_formed(tmp_path))
+    run = read_run(write_formed(tmp_path))
+    cut, lost, back, missing, follows = headline(run, compare(run))
     assert cut.startswith("6 of the 30 decoder layers of demo:smollm2-135m were cut out (layers 12 to 14, 21, 25, 26, ")
     assert lost == (
         "Without training the cut model keeps 48 % [40, 56] of what the teacher has above chance on 4 tasks outside "

@@ -98,8 +98,6 @@ def test_report_works_after_any_single_stage(tmp_path: Path, kept: str, said: st
 
 
 def test_report_refuses_a_folder_without_results(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such run directory"):
-        write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no result to report"):
         write_report(tmp_path)
     for text, message in (("{", "is not valid JSON"), ("[]", "must be a mapping of settings, got list")):

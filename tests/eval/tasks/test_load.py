@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -148,20 +147,6 @@ def test_an_unknown_task_is_refused_with_the_closest_and_without_an_index() -> N
             load_tasks([wrong])
     with pytest.raises(UserError, match=r"'qqq' is no task.*`shoal list tasks` names shoal's own"):
         load_tasks(["knowledge_continuation", "qqq"])
-
-
-@pytest.mark.slow
-def test_a_misspelt_task_is_refused_before_models_and_tasks_are_imported(tmp_path: Path) -> None:
-    """In a process of its own, with lm-eval's real collection."""
-    (tmp_path / "r.yaml").write_text(f"model: m\nrun_dir: {tmp_path / 'run'}\neval: {{tasks: [arc_eazy]}}\n")
-    code = (
-        "import sys; from shoal.launch.cli import run_verb\n"
-        f"assert run_verb('eval', {str(tmp_path / 'r.yaml')!r}, ()) == 2\n"
-        "heavy = {'lm_eval', 'datasets', 'scipy', 'shoal.models.load'} & set(sys.modules); assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "'arc_eazy' is no task, neither of shoal nor of lm-eval; did you mean 'arc_easy'" in done.stderr
 
 
 def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Path) -> None:

@@ -128,27 +128,6 @@ def test_the_demo_model_is_known_without_being_converted(tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--out", ""], "--out: is empty; name a file, or leave it out"),
-        (["--out", "/proc/x.yaml"], "/proc/x.yaml: cannot be made"),
-        (["--revision", "main"], "is not on the Hub and has no revision 'main'; leave the revision out"),
-    ],
-)
-@pytest.mark.every_case
-def test_init_refuses_what_run_would_not_take(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str, monkeypatch: Any
-) -> None:
-    model = config_only(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(["init", model, *arguments])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
-
-
 @pytest.mark.parametrize(("dtype", "words"), [(torch.float32, "float32"), (torch.bfloat16, "bfloat16")])
 @pytest.mark.every_case
 def test_the_stored_precision_is_that_of_the_files(tmp_path: Path, dtype: torch.dtype, words: str) -> None:

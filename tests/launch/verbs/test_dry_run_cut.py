@@ -70,6 +70,8 @@ def test_what_it_says_is_what_pruning_writes(
     assert row(report, "parameters") == [f"{sizes[0]:,}", f"{sizes[1]:,}", f"{sizes[1] / sizes[0]:.3f}"]
     assert row(report, "weights on disk")[:2] == [f"{stored_bytes(folder) / 1000:.3g} kB" for folder in folders]
     assert "drops:   1, 3\nkeeps:   0, 2, 4, 5" in report
+    assert re.search(r"^disk: [\d.]+ kB needed under .*student, .* free there$", report, re.M)
+    assert "proof: by its files, and the kind and settings of every layer; and by running" in report
 
 
 @pytest.mark.slow
@@ -79,13 +81,6 @@ def test_cache_by_kind_of_layer(teachers: dict[str, Path], tmp_path: Path) -> No
     # layers 2 and 5 see everything, the others 8 tokens, of which 7 are kept
     whole = [count * token * 1024 + sliding * token * 7 for count, sliding in ((2, 4), (1, 3))]
     assert row(report, "cache of 1,024 tokens")[:2] == [f"{size / 1000:.3g} kB" for size in whole]
-
-
-@pytest.mark.slow
-def test_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> None:
-    report, _ = cut_estimate(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")
-    assert re.search(r"^disk: [\d.]+ kB needed under .*folder, .* free there$", report, re.M)
-    assert "proof: by its files, and the kind and settings of every layer; and by running" in report
 
 
 @pytest.mark.slow

@@ -52,10 +52,6 @@ def test_an_impossible_width_is_refused_before_any_text_is_read(
     run = run_of(teacher, tmp_path, prune={"drop": [2], "changes": [{"kind": "width", "intermediate_size": 4096}]})
     with pytest.raises(UserError, match="intermediate_size"):
         pruning.prune(run)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.json").write_text("[]")
-    with pytest.raises(UserError, match=r"run.json: must be a mapping of settings, got list"):
-        run_of(teacher, tmp_path)
 
 
 def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from compared_runs import write_run
 
-from shoal.errors import UserError
 from shoal.launch import cli
 from shoal.launch.verbs.several import combinations, run_each
 
@@ -19,20 +18,6 @@ def test_every_combination_is_a_run_of_its_own(tmp_path: Path) -> None:
     names = ["drop=1-2,seed=0", "drop=1-2,seed=1", "drop=3,seed=0", "drop=3,seed=1"]
     assert list(runs) == [tmp_path / name for name in names]
     assert runs[tmp_path / names[1]] == ["prune.drop=[1, 2]", "seed=1", f"run_dir={tmp_path / names[1]}"]
-
-
-@pytest.mark.parametrize(
-    ("axis", "message"),
-    [
-        ("seed", "must have the form section.key=value,value"),
-        ("seed=", "must have the form"),
-        ("seed=[0", "not valid YAML"),
-        ("seed=0,0", "two of these runs have one name"),
-    ],
-)
-def test_what_names_no_runs_is_refused(tmp_path: Path, axis: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        combinations(tmp_path, [axis])
 
 
 def test_what_the_teacher_gave_the_first_run_lies_ready_for_the_others(tmp_path: Path) -> None:

@@ -39,8 +39,3 @@ def test_a_result_is_this_one_exactly_when_what_shapes_it_is_equal(
         UserError, match=r"belongs to another run: seed is 1 .*\. Name the run directory itself, run `shoal eval`"
     ):
         other.require()
-
-
-def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a folder is in the way"):
-        asked(tmp_path).is_done()

@@ -28,16 +28,11 @@ def test_a_text_loops_where_its_end_is_copies_of_one_piece(text: str, loops: boo
     assert ends_in_loop(text) is loops
 
 
-def piece(period: int) -> list[int]:
-    """Tokens none of which comes twice."""
-    return random.Random(period).sample(range(1000), period)
-
-
 @pytest.mark.parametrize("period", [1, 2, 3, 17, 64])
 @pytest.mark.parametrize("before", [0, 1, 70])
 @pytest.mark.parametrize("more", [0, 1, 40])
 def test_a_loop_is_found_at_the_token_where_it_begins(period: int, before: int, more: int) -> None:
-    copies = (piece(period) * 44)[: 3 * period + more]
+    copies = (random.Random(period).sample(range(1000), period) * 44)[: 3 * period + more]  # no token twice in one
     assert loop_at_end([*range(2000, 2000 + before), *copies], longest_period=64) == Loop(before, period)
     # one token less than three copies, a longer period, or a token behind
     assert loop_at_end([*range(2000, 2000 + before), *copies[: 3 * period - 1]], longest_period=64) is None

@@ -13,7 +13,6 @@ from vllm_stand_in import LLM, install
 from shoal.errors import UserError
 from shoal.inference.vllm import check_vllm
 from shoal.launch.verbs.early import refuse_early
-from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Generate, TrainingSource
 from shoal.recipe.recipe import parse_recipe
@@ -82,22 +81,3 @@ def test_an_engine_that_cannot_run_here_is_refused(
     monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: ranks)
     with pytest.raises(UserError, match=message):
         check_vllm("eval.backend")
-
-
-def test_what_asks_for_it_is_refused_before_models_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_checkpoint(tmp_path / "model", "llama")
-    settings = {"model": str(model), "run_dir": str(tmp_path), "dtype": "float32", "attn_implementation": "sdpa"}
-    run, asked = (open_run(parse_recipe({**settings, **other})) for other in ({}, {"eval": {"backend": "vllm"}}))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refuse_early("eval", run.recipe)
-    with pytest.raises(UserError, match=r"^eval\.backend: vllm is not installed here"):
-        refuse_early("eval", asked.recipe)
-    monkeypatch.setattr(Checkpoint, "model", None)
-    with pytest.raises(UserError, match=r"^distill\.data\.1\.generate\.backend: vllm is not installed here"):
-        teacher_texts(
-            Checkpoint.read(model, LoadSettings()),
-            run.tokenizer(),
-            SETTINGS,
-            tmp_path / "text",
-            inputs={"model": "abc", **shaping(run.recipe, Shapes.TEXT)},
-        )

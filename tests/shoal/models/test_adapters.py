@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,6 @@ def edit(folder: Path, **settings: Any) -> None:
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text()) | settings
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    file = folder / "adapter_model.safetensors"
-    save_file(change(load_file(file)), file)
 
 
 @pytest.fixture
@@ -180,7 +174,8 @@ def test_another_base_adapter_or_tokenizer_is_another_model(base: Path, adapter:
     if part == "base":
         tiny_checkpoint(base.parent, "llama", seed=7)
     elif part == "adapter":
-        rewrite(adapter, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
+        file = adapter / "adapter_model.safetensors"
+        save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
     elif part == "settings":
         edit(adapter, lora_alpha=24)
     else:
@@ -231,12 +226,3 @@ def test_a_lora_on_one_of_two_tied_embeddings_is_refused(tmp_path: Path, target:
     base = tiny_checkpoint(tmp_path, "llama_tied")
     adapter = trained(base, tmp_path / "adapter", lora(target_modules=[*PROJECTIONS, target]))
     refused(adapter, r"merged, it gives other logits than base and adapter side by side \(by up to .*tied embed", cache)
-
-
-@pytest.mark.slow
-def test_a_merge_that_is_wrong_is_refused(adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft.tuners.lora.layer import Linear
-
-    real = Linear.get_delta_weight
-    monkeypatch.setattr(Linear, "get_delta_weight", lambda *args: 0.9 * real(*args))
-    refused(adapter, r"merged, it gives other logits than base and adapter side by side", cache)

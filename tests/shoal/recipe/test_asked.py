@@ -130,8 +130,6 @@ def test_allow_is_a_word_of_the_command_and_no_key() -> None:
     Path("got.yaml").write_text("{model: a/b, allow: send}")
     with pytest.raises(UserError, match=r"got\.yaml: allow: unknown key"):
         load_recipe("got.yaml")
-    with pytest.raises(UserError, match=r"allow: must be one or more of send, write, code, with commas \(got 'all'\)"):
-        load_recipe("a/b", ["allow=all"])
 
 
 def test_no_shipped_recipe_asks_for_anything_and_no_argument_is_refused_twice() -> None:
@@ -176,10 +174,3 @@ def test_a_run_directory_replaces_nothing_that_no_run_has_made(tmp_path: Path) -
         load_recipe("got.yaml")
         (folder / "run.json").unlink()
         (folder / name).rmdir()
-
-
-def test_a_run_directory_that_is_a_link_to_itself_is_refused_before_ranks_start() -> None:
-    Path("mine").symlink_to("mine")
-    Path("got.yaml").write_text("{model: a/b, run_dir: mine}")
-    with pytest.raises(UserError, match="mine: a file or broken link is in the way"):
-        load_recipe("got.yaml")

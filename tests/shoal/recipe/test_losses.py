@@ -32,12 +32,6 @@ def losses(*terms: dict[str, Any]) -> tuple[LossTerm, ...]:
     return parse_recipe({"model": "m", "run_dir": "r", "distill": {"losses": list(terms)}}).distill.losses
 
 
-def refusal(*terms: dict[str, Any]) -> list[str]:
-    with pytest.raises(UserError) as refused:
-        losses(*terms)
-    return str(refused.value).replace("recipe: distill.losses", "losses").split("\n")
-
-
 @pytest.mark.slow
 def test_every_kind_is_read_from_a_recipe_with_its_defaults_and_written_back() -> None:
     kinds = (*LOGIT_TERMS, HiddenStates)
@@ -56,12 +50,9 @@ def test_forward_kl_is_the_default() -> None:
 @pytest.mark.parametrize(("term", "message"), CASES)
 def test_wrong_term_is_refused_with_its_path_and_remedy(term: dict[str, Any], message: str) -> None:
     kinds = ", ".join(KINDS if message.startswith("losses.0:") else map(repr, KINDS))
-    assert refusal(term) == [message.replace("KINDS", kinds)]
-
-
-def test_losses_that_train_nothing_are_refused() -> None:
-    message = "losses: every weight is 0, nothing would be trained; give one a weight above 0"
-    assert refusal({"kind": "jsd", "weight": 0}, {"kind": "cross_entropy", "weight": 0}) == [message]
+    with pytest.raises(UserError) as refused:
+        losses(term)
+    assert str(refused.value) == f"recipe: distill.{message.replace('KINDS', kinds)}"
 
 
 def test_one_term_given_twice_is_refused_and_two_of_one_kind_are_not() -> None:

@@ -48,20 +48,6 @@ def test_wrong_setting_is_refused_with_its_path_and_remedy(tmp_path: Path, text:
 
 
 @pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        ({}, "model: is required"),
-        ({"model": ""}, "model: must have at least 1 character"),
-        ({"model": "m", "run_dir": ""}, "run_dir: must have at least 1 character"),
-        ({"model": "m", "run_dir": None}, "run_dir: must be a string"),
-    ],
-)
-def test_a_model_is_required_and_no_name_is_empty(raw: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=rf"^recipe: {message}"):
-        parse_recipe(raw)
-
-
-@pytest.mark.parametrize(
     ("model", "run_dir"),
     [
         ("Qwen/Qwen3-8B", "runs/Qwen3-8B"),

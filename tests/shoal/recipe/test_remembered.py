@@ -6,7 +6,6 @@ Covers: shoal.launch.verbs.report.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -116,15 +115,6 @@ def test_strangers_are_not_believed(
     monkeypatch.setenv("SHOAL_TRUSTED_RUNS", str(run_dir.parent))
     assert _main(["report", str(run_dir)]) == 0
     assert seen[-1].recipe.prune == CutThese(drop=(1, 2))
-
-
-@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: (folder / "plan.json").write_text("{}")])
-def test_a_folder_without_a_recipe_is_no_run_directory(
-    capsys: pytest.CaptureFixture[str], run_dir: Path, make: Any
-) -> None:
-    run_dir.mkdir(parents=True)
-    make(run_dir)
-    assert f"{run_dir}: is no run directory but a folder without recipe.yaml" in refusal(capsys, "report", str(run_dir))
 
 
 def test_secrets_are_not_kept_and_asked_for_again(

@@ -19,7 +19,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import HiddenStates
 from shoal.train.objective.layer_losses import Captured, StateLosses, capturing, layer_map, layer_pairs
-from shoal.train.objective.objective import SharedPrefix, final_hidden
+from shoal.train.objective.objective import final_hidden
 
 POSITIONS = torch.stack([torch.cat([torch.arange(7), torch.arange(5)]), torch.cat([torch.arange(3), torch.arange(9)])])
 """Two rows of two documents each."""
@@ -201,32 +201,6 @@ def test_backward_inside_the_capture_records_nothing_twice() -> None:
         state = seen.states[3]
         out.sum().backward()
     assert seen.states[3] is state
-
-
-def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run() -> None:
-    teacher, drop = tiny_model("llama"), (3,)
-    found = []
-    for shared in (False, True):
-        student = changed(cut(teacher, drop), first=3)
-        for layer in decoder_layers(student)[:3]:
-            layer.requires_grad_(False)
-        student.get_input_embeddings().requires_grad_(False)
-        losses = StateLosses(TERMS, plan(drop), student, teacher, num_shared=3)
-        prefix = SharedPrefix(student, teacher, first_change=3)
-        with torch.no_grad(), prefix.recording(), losses.capturing_teacher() as theirs:
-            final_hidden(teacher, ids(), POSITIONS)
-        if shared:
-            with prefix.replaying(torch.float32), losses.capturing_student() as ours:
-                final_hidden(student, ids(), POSITIONS)
-        else:
-            with losses.capturing_student() as ours:
-                final_hidden(student, ids(), POSITIONS)
-        loss, sums = losses(ours, theirs, labels(), POSITIONS)
-        loss.backward()
-        found.append((sums, gradients(student)))
-    assert torch.equal(found[0][0], found[1][0])
-    assert found[0][1].keys() == found[1][1].keys() != set()
-    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
 
 def test_a_term_that_trains_nothing_is_refused() -> None:

@@ -5,7 +5,6 @@ Covers: shoal.train.record.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 from dataclasses import replace
@@ -29,7 +28,6 @@ from shoal.train.record import record_signals, top_k_signals
 from shoal.train.teacher import recording
 from shoal.train.teacher.recording import (
     HEADER_BYTES,
-    Layout,
     RecordingManifest,
     Wanted,
     decode_log_probs,
@@ -65,11 +63,6 @@ def record(teacher: Path, folder: Path, data: PackedRows | None = None, *, verif
     record_signals(wanted, recorded, folder, rows_from=ROWS_FROM, rows_per_shard=3, verify=verify)
 
 
-def recording_bytes(layout: Layout, num_rows: int, rows_per_shard: int) -> int:
-    """Disk that a recording takes at most."""
-    return layout.num_bytes(num_rows) + math.ceil(num_rows / rows_per_shard) * HEADER_BYTES
-
-
 def opened(
     teacher: Path, folder: Path, data: PackedRows | None = None, *, rows_from: Any = ROWS_FROM, **changes: Any
 ) -> RecordingReader:
@@ -95,11 +88,6 @@ def outputs(teacher: Path, data: PackedRows, *, dtype: str = "float32", of: slic
         return model(input_ids=ids.long(), position_ids=positions.long(), **asked)
 
 
-def reference(teacher: Path, data: PackedRows, *, temperature: float = 1.0) -> Tensor:
-    """log softmax of the model's own logits, in float64."""
-    return functional.log_softmax(outputs(teacher, data).logits.double() / temperature, dim=-1)
-
-
 def bucket_kl(log_p_K: Tensor, tail: Tensor, log_q_K: Tensor) -> Tensor:
     """KL of the K + 1 coarse distributions, by its definition, in float64."""
     log_p_K, log_q_K, tail = log_p_K.double(), log_q_K.double(), tail.double()
@@ -117,7 +105,7 @@ def test_recorded_signals_are_the_teachers_within_the_stated_error(teacher, tmp_
     settings: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "states": ()}
     record(teacher, tmp_path / "signals", **settings)
     found = opened(teacher, tmp_path / "signals", **settings).rows(range(8))
-    expected = reference(teacher, rows(), temperature=temperature)
+    expected = functional.log_softmax(outputs(teacher, rows()).logits.double() / temperature, dim=-1)
     best = expected.topk(top_k, dim=-1)
     assert torch.equal(found.ids_BSK[..., :1], best.indices[..., :1])
     at_ids = expected.gather(-1, found.ids_BSK)
@@ -152,7 +140,7 @@ def test_the_state_to_go_on_from_is_the_teachers_to_the_bit(teacher, tmp_path, d
     assert torch.equal(found[[2, 0]], states[2])
     layout = wanted_of(teacher, tmp_path, **run).layout
     written = sum(map(len, shards(tmp_path / "signals").values()))
-    assert layout.num_bytes(8) < written <= recording_bytes(layout, 8, 3)
+    assert layout.num_bytes(8) < written <= layout.num_bytes(8) + 3 * HEADER_BYTES
     plain = wanted_of(teacher, tmp_path, dtype=dtype).layout
     assert layout.num_bytes(1) - plain.num_bytes(1) == S * states[2].shape[-1] * found.element_size()
 
