@@ -18,7 +18,6 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import LAB, Plan
 from shoal.compress.apply import apply_plan
 from shoal.launch.arguments import VERBS
-from shoal.launch.cli import _main
 from shoal.launch.verbs import dry_run, pace
 from shoal.launch.verbs.dry_run import Stage, dry_run_text
 from shoal.launch.verbs.evaluate import eval_inputs
@@ -162,11 +161,3 @@ def test_a_training_that_cannot_be_estimated_is_said(make_run: Any, monkeypatch:
 
 def test_every_verb_has_one() -> None:
     assert set(dry_run.DRY_RUNS) == {verb for verb, row in VERBS.items() if row.reads_recipe}
-
-
-def test_the_verb_refuses_what_run_refuses(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "r.yaml"
-    file.write_text(f"model: {teacher}\nrun_dir: {tmp_path}/run\nprune: {{drop: [99]}}\n")
-    assert _main(["run", str(file), "--dry-run", "--quiet"]) == 2
-    assert "prune.drop: 99 is no layer of this model" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
