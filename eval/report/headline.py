@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.artifacts.evaluation import ROLES, Interval
+from shoal.artifacts.evaluation import CONTROL, ROLES, Interval
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
 from shoal.stats.means import mean_change, mean_share
@@ -73,18 +73,19 @@ class Shares:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Shares:
-        """Those of ``rows``, each task once."""
+        """Those of ``rows``, each task once; tasks that some role lacks are left out, but for the control alone."""
+        known = {role for row in rows for role in row.scores} - {CONTROL}
         has_all = (row for row in rows if row.retained and all(own.value is not None for own in row.retained.values()))
-        tasks = tuple({row.any_score.task: row for row in has_all}.values())
-        roles = [role for role in ROLES if tasks and all(role in row.scores for row in tasks)]
-        by_role = {role: {row.any_score.task: row.scores[role] for row in tasks} for role in roles}
-        weights = {row.any_score.task: 1 / len(tasks) for row in tasks}
-        own = {role: mean_share(by_role["teacher"], by_role[role], weights) for role in roles if role != "teacher"}
-        pairs = [pair for pair in (("pruned", "distilled"), ("distilled", "control")) if {*pair} <= {*roles}]
-        changes = {
-            (first, then): mean_change(by_role["teacher"], by_role[first], by_role[then], weights)
-            for first, then in pairs
-        }
+        tasks = tuple({row.any_score.task: row for row in has_all if known <= row.scores.keys()}.values())
+
+        def common(*roles: str) -> list[Any]:
+            own = {row.any_score.task: row.scores for row in tasks if {*roles} <= row.scores.keys()}
+            by_role = [{task: scores[role] for task, scores in own.items()} for role in ("teacher", *roles)]
+            return [*by_role, {task: 1 / len(own) for task in own}]
+
+        own = {role: mean_share(*common(role)) for role in ROLES if role != "teacher"}
+        pairs = ("pruned", "distilled"), ("distilled", CONTROL)
+        changes = {pair: mean_change(*common(*pair)) for pair in pairs}
         return cls(
             tasks,
             {role: share for role, share in own.items() if share is not None},

@@ -386,8 +386,8 @@ def locked(run: Run) -> Iterator[None]:
                 shutil.rmtree(folder)  # of a process that was killed
             if run.memory is not None:
                 remember(run.dir, run.memory)
-            if run.numerics is not None and run.numerics.max_minutes is not None:
-                write_story(run)  # this stage and others go on with these sizes
+            if run.numerics is not None and (run.numerics.max_minutes is not None or run.numerics.text is not None):
+                write_story(run)  # this stage and others go on with these sizes and this text
             yield
         except BaseException as error:
             # sizes of what was refused are nobody's

@@ -74,6 +74,21 @@ def test_what_follows_is_said_by_rules(tmp_path: Path, n: int, right: dict[str, 
     assert len(results["headline"]) <= 5
 
 
+def test_a_control_that_lacks_a_task_still_counts_where_it_was_asked(tmp_path: Path) -> None:
+    """Scoring one role anew, with other tasks, is no other run."""
+    for role, count in {"teacher": 1500, "pruned": 1000, "distilled": 1500, "control": 1900}.items():
+        tasks = [
+            replace(counted(role, name, name, "continuation", 0.25, 2000, count), column="public")
+            for name in ("arc", "boolq")
+        ]
+        made = evaluation("teacher" if role == "control" else role, tuple(tasks[: 1 if role == "control" else 2]))
+        replace(made, role=role).save(tmp_path / "eval" / f"{role}.json")
+    told = headline(run := read_run(tmp_path), compare(run))
+    assert "on 2 tasks outside" in told[1]
+    assert told[3].startswith("The control, the uncut model after the same training, has +40 points")
+    assert "the control has clearly more" in told[4]
+
+
 def test_the_speed_at_a_glance_has_the_range_of_its_rounds(report: tuple[Page, str, Path]) -> None:
     run = read_run(report[2])
     assert run.speed is not None
