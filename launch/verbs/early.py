@@ -12,7 +12,6 @@ from shoal.errors import UserError
 from shoal.eval.tasks.names import refuse_unknown
 from shoal.inference.vllm import check_vllm
 from shoal.model_names import name_of_model, refuse_no_model, refuse_revision
-from shoal.models.download import num_layers_said
 from shoal.recipe.distill import Live, Recorded
 from shoal.recipe.losses import HiddenStates
 from shoal.recipe.measure import METRICS, no_metric
@@ -47,6 +46,8 @@ def refuse_early(verb: str, recipe: Recipe) -> None:
 
         for source in sources:
             local_files(source)
+    from shoal.models.download import num_layers_said  # loads the Hub's library
+
     num_layers = num_layers_said(recipe.model, recipe.revision)
     if verb in CUT and num_layers is not None:
         refuse_impossible_layers(recipe.prune, num_layers)
@@ -127,5 +128,7 @@ def init_file(asked: argparse.Namespace) -> Path:
         raise UserError(f"{file}: is there already; name another file with --out, or remove it")
     if not file.parent.is_dir():
         raise UserError(f"{file.parent}: no such folder; make it, or name another file with --out")
+    from shoal.models.download import num_layers_said
+
     num_layers_said(asked.model, asked.revision, with_weights=False)  # refuses what is no model
     return file

@@ -170,15 +170,20 @@ def test_only_right_answers_are_kept_where_that_is_asked_for(tmp_path):
         write(tmp_path / "other", settings, never_right, **asked)
 
 
-@pytest.mark.parametrize("content", [[{"type": "text", "text": "4"}], 4])
-def test_an_answer_that_is_no_text_is_refused_before_anything_is_written(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "text", "text": "4"}], "the last assistant turn is no text .*generate.keep: all"),
+        (4, "the content of a turn in 'messages' is int, not text"),
+    ],
+)
+def test_an_answer_that_is_no_text_is_refused_before_anything_is_written(tmp_path, content, message):
     turns = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "4"}]
     rows = [{"messages": turns}, {"messages": [turns[0], {"role": "assistant", "content": content}]}]
     (tmp_path / "rows").mkdir()
     for number, row in enumerate(rows):  # a column of one file has values of one kind
         (tmp_path / f"rows/{number}.jsonl").write_text(json.dumps(row))
-    message = r"rows/1\.jsonl' row 1: the last assistant turn is no text .*generate.keep: all"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"rows/1\.jsonl' row 1: {message}"):
         write(tmp_path / "run", Generate(**BRIEF, keep="correct"), unexpected, path=str(tmp_path / "rows"))
 
 

@@ -61,7 +61,7 @@ def test_text_that_is_there_is_read_without_the_engine_and_on_several_ranks(
     monkeypatch.setattr("shoal.inference.vllm.world_size", lambda: 2)
     written(tmp_path, torch.float32, "bfloat16")
     distill = {"data": ["python_docs", {"path": "python_docs", "generate": {"backend": "vllm"}}]}
-    settings = {"model": str(tmp_path / "model"), "distill": distill}
+    settings = {"model": str(tmp_path / "model" / "llama"), "distill": distill}
     refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path)}))
     with pytest.raises(UserError, match=r"^distill\.data\.1\.generate\.backend: vllm is not installed here"):
         refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path / "run")}))
