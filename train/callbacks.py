@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -217,8 +218,11 @@ class Events(TrainerCallback):
             with explained_disk_errors(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
             if prints_events():
-                sys.stdout.write(f"{line}\n")
-                sys.stdout.flush()
+                try:
+                    sys.stdout.write(f"{line}\n")
+                    sys.stdout.flush()
+                except OSError:  # who reads it may leave before its end; Python flushes it once more as it ends
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Curves(WandbCallback):

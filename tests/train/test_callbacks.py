@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import random
 from dataclasses import replace
 from functools import partial
@@ -163,6 +164,12 @@ def test_every_logged_step_is_a_line_of_json_and_a_resumed_training_repeats_none
     assert capsys.readouterr().out.splitlines() == file.read_text().splitlines()[2:]
     logged(0, 1)
     assert len(file.read_text().splitlines()) == 1, "begun anew"
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as left, monkeypatch.context() as patched:
+        patched.setattr(module.sys, "stdout", left)
+        logged(0, 2)
+    assert len(file.read_text().splitlines()) == 2, "whoever read has left, and training goes on"
     file.unlink()
     logged(1, 2)
     assert len(file.read_text().splitlines()) == 1, "deleted by somebody between two trainings"
