@@ -17,7 +17,7 @@ from shoal.recipe.losses import HiddenStates
 from shoal.recipe.measure import METRICS, no_metric
 from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import DataSource
+from shoal.recipe.section import AUTO, DataSource
 from shoal.recipe.trainer_arguments import read_deepspeed
 
 CUT = ("prune", "distill", "run")
@@ -45,7 +45,8 @@ def refuse_early(verb: str, recipe: Recipe) -> None:
         from shoal.data.sources import local_files
 
         for source in sources:
-            local_files(source)
+            if source.path != AUTO:  # a folder of this name is none of its text
+                local_files(source)
     from shoal.models.download import num_layers_said  # loads the Hub's library
 
     num_layers = num_layers_said(recipe.model, recipe.revision)
@@ -67,10 +68,10 @@ def require_distilled(recipe: Recipe) -> None:
 
 
 def _refuse_names(verb: str, recipe: Recipe) -> None:
-    sweep, distill = recipe.measure.sweep, recipe.distill
+    sweep, distill, run_dir = recipe.measure.sweep, recipe.distill, Path(recipe.run_dir).expanduser()
     if verb in ("measure", "run") and sweep is not None:
         refuse_unknown(sweep.tasks, recipe.eval.include_path, setting="measure.sweep.tasks")
-    if verb in CUT and sweep is None and not Path(recipe.run_dir, "importance.json").exists():
+    if verb in CUT and sweep is None and not (run_dir / "importance.json").exists():
         _refuse_unmeasured(recipe)
     if verb in ("record", "distill", "run"):
         read_deepspeed(distill.deepspeed)
@@ -79,7 +80,7 @@ def _refuse_names(verb: str, recipe: Recipe) -> None:
         if distill.watch is not None:
             refuse_unknown(distill.watch.tasks, recipe.eval.include_path, setting="distill.watch.tasks")
         by_vllm = (n for n, source in enumerate(distill.data) if source.generate and source.generate.backend == "vllm")
-        if (number := next(by_vllm, None)) is not None and not any(Path(recipe.run_dir, "text").glob("written-*")):
+        if (number := next(by_vllm, None)) is not None and not any((run_dir / "text").glob("written-*")):
             check_vllm(f"distill.data.{number}.generate.backend")  # what is written is read without it
         teacher = distill.teacher
         if verb == "record" and isinstance(teacher, Live):

@@ -16,6 +16,7 @@ from shoal.formatting import count_text
 from shoal.recipe.distill import TrainingSource
 from shoal.recipe.losses import CrossEntropy
 from shoal.recipe.section import AUTO, DataSource, TextSource
+from shoal.runtime import agreed
 
 Source = TypeVar("Source", bound=DataSource)
 SMALL = 500_000_000
@@ -91,5 +92,6 @@ def with_default_text(data: Any, model: nn.Module, source: DataSource) -> Any:
     """``data`` that a caller has given for ``model``; in place of `auto`, which ``source`` is, the sources of it."""
     if not isinstance(data, str) or data != AUTO:
         return data
-    chosen = default_text(sum(parameter.numel() for parameter in model.parameters())).of([source])
+    number = sum(parameter.numel() for parameter in model.parameters())
+    chosen = agreed(lambda: default_text(number)).of([source])  # ranks may hear otherwise of the Hub
     return tuple(TextSource(each.path, name=each.name, weight=each.weight) for each in chosen)

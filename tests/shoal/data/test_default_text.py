@@ -15,6 +15,7 @@ from shoal.data import general_text
 from shoal.data.default_text import CALIBRATION, LICENCES, TRAINING, default_text, with_default_text
 from shoal.data.sources import documents
 from shoal.errors import UserError
+from shoal.launch.verbs.early import refuse_early
 from shoal.launch.verbs.run import locked, open_run
 from shoal.recipe.distill import TrainingSource
 from shoal.recipe.losses import CrossEntropy, ForwardKL
@@ -93,6 +94,9 @@ def test_models_in_memory_get_the_same_text(monkeypatch: pytest.MonkeyPatch) -> 
     data: Any = with_default_text(AUTO, tiny_model("llama"), TrainingSource(AUTO))
     assert [(each.path, each.weight) for each in data] == [(each.path, each.weight) for each in TRAINING["public"]]
     assert with_default_text(["a text"], tiny_model("llama"), TrainingSource(AUTO)) == ["a text"]
+    monkeypatch.setattr(module, "agreed", lambda decide: module.DefaultText("bundled", "as rank 0 has found"))
+    data = with_default_text(AUTO, tiny_model("llama"), TrainingSource(AUTO))
+    assert [each.path for each in data] == BUNDLED, "ranks may hear otherwise of the Hub"
 
 
 def test_an_encyclopaedia_is_read_where_its_package_is_installed(
@@ -125,3 +129,18 @@ def test_who_only_reads_results_asks_no_hub_and_keeps_nothing(
 def test_auto_stands_for_nothing_elsewhere() -> None:
     with pytest.raises(UserError, match=r"data 'auto': stands for text in measure\.data and distill\.data alone"):
         next(documents(TextSource(AUTO)))
+
+
+def test_what_is_refused_early_looks_at_no_folder_called_auto(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "auto").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refuse_early("measure", parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run")}))
+
+
+def test_scores_in_a_home_are_found_early(tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "importance.json").write_text("{}")
+    asked = {"measure": {"metrics": ["angular"]}, "prune": {"metric": "block_influence", "num_drop": 1}}
+    refuse_early("prune", parse_recipe({"model": str(teacher), "run_dir": "~", **asked}))
