@@ -52,7 +52,7 @@ def test_heads_say_which_layers_to_protect_and_are_scored_once(
 @pytest.mark.prove
 def test_diagnostics_are_written_and_told(recipe: str, tmp_path: Path) -> None:
     assert "effective depth by kl" in lab(["diagnostics", recipe])
-    assert {file.name for file in (tmp_path / "run/lab").iterdir()} == {"diagnostics.json", "diagnostics.svg"}
+    assert {file.name for file in (tmp_path / "run/lab").iterdir()} == {"diagnostics.json"}
 
 
 @pytest.mark.prove

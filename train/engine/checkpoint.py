@@ -231,7 +231,7 @@ def _check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
         state = file.stat()
         if state.st_size != stamp["bytes"]:
             raise _Damaged(f"{name} has {state.st_size:,} bytes instead of {stamp['bytes']:,}")
-        if state.st_ctime_ns != stamp["changed_ns"]:  # written to, or copied, since it was stamped
+        if state.st_ctime_ns != stamp.get("changed_ns"):  # written to, or copied, since it was stamped
             changed[name] = stamp
     with doing(f"reading {checkpoint.name} again"), ThreadPoolExecutor(num_cores()) as pool:
         hashes = pool.map(lambda name: file_hash(checkpoint / name), changed)

@@ -55,6 +55,15 @@ def test_the_newest_complete_checkpoint_is_taken_by_number_not_by_name(tmp_path)
     assert last_complete(tmp_path, INPUTS) == tmp_path / "checkpoint-10"
 
 
+def test_one_of_an_older_shoal_which_kept_no_times_is_read_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        stamp = checkpoint_module._stamp
+        without = lambda *given: {key: value for key, value in stamp(*given).items() if key != "changed_ns"}  # noqa: E731
+        older.setattr(checkpoint_module, "_stamp", without)
+        (folder,) = committed(tmp_path, 1)
+    assert last_complete(tmp_path, INPUTS) == folder
+
+
 def test_a_checkpoint_whose_save_fails_goes_unless_its_manifest_vouches_for_it(tmp_path, monkeypatch):
     """A rank that dies behind the manifest breaks the barrier at the end of the others; what they saved is complete."""
     for waits, complete in ((0, None), (1, tmp_path / "checkpoint-2")):
