@@ -109,20 +109,20 @@ def choose_changes(
 
 
 def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Choice:
-    """As many layers as will be chosen by scores, the last that may go, to tell sizes before there are scores; with
-    ``goals`` as many as reach them.
+    """As many layers as will be chosen by scores, the middle ones that may go, to tell sizes before there are scores: with
+    the last ones `trainable: from_first_cut` would seem to train next to nothing. With ``goals`` as many as reach them.
 
     Raises:
         UserError: what no measurement could make possible.
     """
     if isinstance(prune, CutThese):
         return _explicit(prune, num_layers)
-    free = free_layers(prune, num_layers)
+    order = sorted(free_layers(prune, num_layers), key=lambda layer: abs(2 * layer - num_layers))
     if goals is not None:
-        count = _fewest(free[::-1], num_layers, goals)
+        count = _fewest(order, num_layers, goals)
     else:
         count = possible_count(prune, num_layers)
-    return Choice(tuple(free[-count:]), f"a stand-in: {layers_of(count, num_layers)}, chosen once they are measured")
+    return Choice(tuple(sorted(order[:count])), f"a stand-in: {layers_of(count, num_layers)}, chosen once they are measured")
 
 
 def _limits(prune: CutByScore, importance: Importance) -> _Limits:

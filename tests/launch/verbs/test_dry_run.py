@@ -73,7 +73,7 @@ def test_before_anything_is_made_all_is_to_do_and_nothing_is_written(make_run: A
     assert states(told) == ["to do"] * 5
     assert re.match(r"to do about \S+ s no estimate teacher, pruned, distilled", rows(told)["eval"])
     assert rows(told)["prune"].endswith("a stand-in: 2 of 6 layers, chosen once they are measured")
-    assert "drops:   3, 4" in told, "the last that are not protected"
+    assert "drops:   2, 3" in told, "the middle ones"
     assert "about 90 s 5 kB" in rows(told)["distill"]
     assert "teacher, pruned, distilled, each: 4 items, 16 requests" in rows(told)["eval"]
     assert told.endswith("--- distill ---\nas distill tells it")
