@@ -109,8 +109,8 @@ def choose_changes(
 
 
 def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Choice:
-    """As many layers as will be chosen by scores, the middle ones that may go, to tell sizes before there are scores: with
-    the last ones `trainable: from_first_cut` would seem to train next to nothing. With ``goals`` as many as reach them.
+    """As many layers as will be chosen by scores, the middle ones that may go (the last ones would leave next to
+    nothing for `trainable: from_first_cut`), to tell sizes before there are scores; with ``goals`` as many as reach them.
 
     Raises:
         UserError: what no measurement could make possible.
@@ -122,7 +122,9 @@ def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Ch
         count = _fewest(order, num_layers, goals)
     else:
         count = possible_count(prune, num_layers)
-    return Choice(tuple(sorted(order[:count])), f"a stand-in: {layers_of(count, num_layers)}, chosen once they are measured")
+    return Choice(
+        tuple(sorted(order[:count])), f"a stand-in: {layers_of(count, num_layers)}, chosen once they are measured"
+    )
 
 
 def _limits(prune: CutByScore, importance: Importance) -> _Limits:

@@ -116,7 +116,9 @@ def _training(run: Run) -> list[Stage]:
     _check_training(run)
     images_of(run)
     has_plan = (run.dir / Plan.FILE).is_file()
-    return [training_estimate(run, read_plan(run) if has_plan else expected_plan(run))]
+    plan = read_plan(run) if has_plan else expected_plan(run)
+    stage = training_estimate(run, plan)
+    return [replace(stage, told=f"cut:     {plan.reason}\n{stage.told}")]
 
 
 def _check_training(run: Run) -> None:
