@@ -109,8 +109,8 @@ def choose_changes(
 
 
 def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Choice:
-    """As many layers as will be chosen by scores, the middle ones that may go (the last ones would leave next to nothing
-    to train `from_first_cut`), to tell sizes before there are scores; with ``goals`` as many as reach them.
+    """As many layers as will be chosen by scores, the middle ones that may go (the last ones would leave next to
+    nothing to train `from_first_cut`), to tell sizes before there are scores; with ``goals`` as many as reach them.
 
     Raises:
         UserError: what no measurement could make possible.
