@@ -21,6 +21,7 @@ from shoal.eval.tasks import load
 from shoal.launch.cli import run_verb
 from shoal.launch.verbs import dry_run, pace
 from shoal.launch.verbs import run as runs
+from shoal.models import download
 from shoal.models.load import load_config
 from shoal.recipe.asked import ALLOW
 from shoal.recipe.section import DataSource
@@ -60,6 +61,7 @@ def test_the_dry_run_of_a_recipe_as_written_passes(
     model = small(tmp_path, name)
     monkeypatch.setattr(runs, "resolve_model", lambda *_, **__: model)
     monkeypatch.setattr(runs, "find_config", lambda *_, **__: load_config(model))
+    monkeypatch.setattr(download, "num_layers_said", lambda *_, **__: MODELS[name][1])
     monkeypatch.setattr(sources, "_hub_rows", hub_rows)
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     if name == "8b":  # its tasks are on the Hub
