@@ -42,11 +42,11 @@ def refuse_early(verb: str, recipe: Recipe) -> None:
     if verb in ("report", "push") or "LOCAL_RANK" in os.environ:  # a rank's launcher has looked
         return
     if sources := _sources(verb, recipe):
-        from shoal.data.sources import documents, local_files
+        from shoal.data.sources import local_files
 
         for source in sources:
-            if source.path != AUTO and local_files(source) and not source.has_images:  # no folder called auto
-                next(documents(source), None)  # its first row says what it holds
+            if source.path != AUTO:  # a folder of this name is none of its text
+                local_files(source)
     from shoal.models.download import num_layers_said  # loads the Hub's library
 
     num_layers = num_layers_said(recipe.model, recipe.revision)
