@@ -91,7 +91,7 @@ def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -
         f"{model}: {layers} layers, {count_text(parameters)} parameters, stored in {stored}.",
         f"Written for {machine.ranks} x {machine.name}, computes in {machine.dtype}.",
         f"Its text is {text.kind}: {text.reason}.",
-        "`shoal distill --dry-run` tells whether training fits, and the cheapest setting that does.",
+        "`shoal distill FILE --dry-run` tells whether training fits, and the cheapest setting that does.",
         "`shoal explain KEY` says all of a key, and which others there are; `shoal list` what can be named.",
     )
     lines = [*(line for words in head for line in _comment(words)), "", *_commented(raw, _notes(raw, machine))]

@@ -160,7 +160,7 @@ def check_fit(spec: TrainSpec, run_dir: Path, *, beside: int = 0) -> Job | None:
         log.warning("%s will not fit, and starts because of --force: %s", called, problems[0])
     elif problems:
         raise UserError(
-            f"{called} will not fit: " + "; ".join(problems) + advice + ". `shoal distill --dry-run` shows where "
+            f"{called} will not fit: " + "; ".join(problems) + advice + ". `--dry-run` shows where "
             "memory goes; `--force` starts it all the same"
         )
     elif not free.fits(size):
@@ -260,6 +260,6 @@ def explained_memory(spec: TrainSpec) -> Iterator[None]:
             less = "add " + " ".join(fewer_rows(spec, max(n for n in range(1, rows) if rows % n == 0)))
         raise UserError(
             f"out of memory while training: {str(error).strip().splitlines()[0][:200]}; the same command goes on from "
-            f"the last checkpoint. To take less, {less}; `shoal distill --dry-run` shows where memory goes and what "
+            f"the last checkpoint. To take less, {less}; `--dry-run` shows where memory goes and what "
             "fits"
         ) from error
