@@ -113,7 +113,8 @@ def test_what_starts_ranks_leaves_every_gpu_to_them(
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: gpu)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a training in this process leaves them
+        monkeypatch.delenv(name, raising=False)
     machine._asked.cache_clear()
     settings = [f"run_dir={tmp_path / 'run'}", "max_minutes=9000", "eval.tasks=retrieval", "eval.limit=2"]
     assert cli.run_verb(verb, str(teacher), settings) == 9
@@ -123,7 +124,8 @@ def test_what_starts_ranks_leaves_every_gpu_to_them(
 
 @pytest.mark.slow
 def test_a_gpu_that_does_not_answer_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a training in this process leaves them
+        monkeypatch.delenv(name, raising=False)
     machine._asked.cache_clear()
     with pytest.raises(UserError, match=r"device: the GPU does not answer: .*compiled with CUDA.*; see `nvidia-smi`"):
         machine.card()
