@@ -68,7 +68,7 @@ LICENCES = {
     "HuggingFaceTB/finemath": "mathematics from the web, ODC-By 1.0",
     "HuggingFaceTB/smoltalk": "conversations, only the assistant's turns are learnt, Apache-2.0",
 }
-"""What a public source holds, and under which terms its page offers it; read them before you publish a model."""
+"""What a public source holds, and its licence, which was not read from its page; read it before you publish."""
 
 
 def default_text(num_parameters: int) -> DefaultText:
