@@ -236,10 +236,7 @@ def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return {
-        **clock.figures(trainer, spec.tokens_per_step),
-        "attention": spec.teacher.load.attention,
-    }
+    return {**clock.figures(trainer, spec.tokens_per_step), "attention": spec.teacher.load.attention}
 
 
 def peak() -> int:

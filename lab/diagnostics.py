@@ -66,11 +66,7 @@ def diagnostics(run: Run, settings: Settings) -> Diagnostics:
         Diagnostics,
         identity(run, settings, data=sources_fingerprint(measure.data), **sizes),
         lambda provenance: diagnose(
-            model_of(run),
-            packed_rows(run),
-            provenance=provenance,
-            batch_size=measure.batch_size,
-            seed=run.recipe.seed,
+            model_of(run), packed_rows(run), provenance=provenance, batch_size=measure.batch_size, seed=run.recipe.seed
         ),
     )
 

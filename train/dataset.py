@@ -34,12 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def teacher_texts(
-    teacher: Checkpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Distill,
-    folder: Path,
-    *,
-    inputs: dict[str, Any],
+    teacher: Checkpoint, tokenizer: PreTrainedTokenizerBase, settings: Distill, folder: Path, *, inputs: dict[str, Any]
 ) -> dict[int, list[Written]]:
     """What the teacher writes in place of the sources with `generate`, by their numbers, kept in ``folder``."""
     seed = inputs["seed"]

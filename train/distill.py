@@ -36,13 +36,7 @@ from shoal.tracking import wandb_run
 
 from .callbacks import Curves, Events, Profiler, Progress, Scorer, Watcher
 from .dataset import rows_to_train_on, sources_apart, teacher_texts
-from .engine.arguments import (
-    check_names,
-    deepspeed_config,
-    resolved_deepspeed,
-    rows_per_step,
-    training_arguments,
-)
+from .engine.arguments import check_names, deepspeed_config, resolved_deepspeed, rows_per_step, training_arguments
 from .engine.checkpoint import MANIFEST, UNIVERSAL_POINTER, last_complete, needs_universal
 from .engine.kernels import require_liger
 from .engine.sharding import join_deepspeed, leave_deepspeed, loaded_in
@@ -77,14 +71,7 @@ def distill_inputs(
     if settings.has_images:
         section["distill.data (images)"] = images_fingerprint(settings.data)
     trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in neutral}
-    return {
-        "model": teacher,
-        **trained,
-        "data": sources_fingerprint(settings.data),
-        **general,
-        **section,
-        **trainer,
-    }
+    return {"model": teacher, **trained, "data": sources_fingerprint(settings.data), **general, **section, **trainer}
 
 
 def checkpoint_inputs(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:

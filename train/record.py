@@ -260,10 +260,7 @@ def _record_shard(
         with known, raw_states(teacher, {layer for layer, _ in planes.values()}, keep):
             hidden_BSD = final_hidden(teacher, ids_BS, positions_BS)
         signals = top_k_signals(
-            hidden_BSD.flatten(0, 1),
-            lambda hidden: scaled(hidden, head),
-            top_k=layout.top_k,
-            temperature=temperature,
+            hidden_BSD.flatten(0, 1), lambda hidden: scaled(hidden, head), top_k=layout.top_k, temperature=temperature
         )
         batches.append(tuple(x.unflatten(0, ids_BS.shape).cpu() for x in signals))  # pyright: ignore[reportArgumentType]
         tell(len(ids_BS))

@@ -152,12 +152,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _write_batches(
-    settings: Generate,
-    tokenizer: Any,
-    prompts: Sequence[Prompt],
-    *,
-    folder: Path,
-    load_writer: Callable[[], Writer],
+    settings: Generate, tokenizer: Any, prompts: Sequence[Prompt], *, folder: Path, load_writer: Callable[[], Writer]
 ) -> None:
     """Write this rank's batches that are not there yet; prompts of like length go together, to pad little."""
     by_length = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))

@@ -19,13 +19,7 @@ from shoal.inference.decoder import Decoder
 from shoal.machine import device_memory, fast_dtype, flops_per_second
 from shoal.models.anatomy import text_config
 from shoal.models.document_masks import documents_known
-from shoal.models.load import (
-    align_weights,
-    load_model,
-    named_dtype,
-    num_parameters,
-    without_data,
-)
+from shoal.models.load import align_weights, load_model, named_dtype, num_parameters, without_data
 from shoal.recipe.measure import Measure
 from shoal.runtime import device, queued
 

@@ -49,11 +49,7 @@ def laco_factors(length: int) -> tuple[float, ...]:
 
 
 def with_layers(
-    model: PreTrainedModel,
-    drop: Sequence[int],
-    layers: Mapping[int, Mapping[str, Tensor]],
-    *,
-    share: bool = False,
+    model: PreTrainedModel, drop: Sequence[int], layers: Mapping[int, Mapping[str, Tensor]], *, share: bool = False
 ) -> PreTrainedModel:
     """A new model without the layers ``drop``, in which the named ``layers`` have the given tensors.
 

@@ -232,13 +232,7 @@ def present_absent(game: Game, num_players: int, *, num_absent: int, num_subnetw
 
 
 def local_shapley(
-    game: Game,
-    num_players: int,
-    *,
-    window: int,
-    num_subnetworks: int,
-    chance: float = -math.inf,
-    seed: int = 0,
+    game: Game, num_players: int, *, window: int, num_subnetworks: int, chance: float = -math.inf, seed: int = 0
 ) -> Estimates:
     """Each player's mean marginal worth among the ``window`` first to leave the full model, in random order.
 

@@ -58,11 +58,7 @@ class Copy:
 
 
 def planned_copy(
-    teacher: Teacher,
-    plain: PreTrainedConfig,
-    skeleton: PreTrainedModel,
-    loading: Loading,
-    keep: Sequence[int],
+    teacher: Teacher, plain: PreTrainedConfig, skeleton: PreTrainedModel, loading: Loading, keep: Sequence[int]
 ) -> Copy:
     """What there is to copy of the ``teacher``, of which ``skeleton`` is the model of ``plain`` without its weights.
 

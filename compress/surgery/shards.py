@@ -21,14 +21,7 @@ from typing import Protocol
 from shoal.atomic_files import fingerprint, flush, write_json
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
-from shoal.models.checkpoint_files import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Shard,
-    StoredTensor,
-    read_header,
-    sampled_ranges,
-)
+from shoal.models.checkpoint_files import INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, read_header, sampled_ranges
 from shoal.progress import BYTES, progress
 
 log = logging.getLogger(__name__)

@@ -15,15 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from shoal.artifacts.evaluation import LIKELIHOOD_PROTOCOLS, TaskScore
-from shoal.artifacts.importance import (
-    Agreement,
-    Atlas,
-    DepthProfile,
-    Estimate,
-    ProtocolGap,
-    Sweep,
-    SweepColumn,
-)
+from shoal.artifacts.importance import Agreement, Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn
 from shoal.components import Component
 from shoal.errors import UserError
 from shoal.stats.intervals import Array, correlation

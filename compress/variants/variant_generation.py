@@ -93,11 +93,7 @@ def _group_size(decoder: Decoder, prompts: Sequence[Tokens], limits: Limits) -> 
 
 
 def _write_together(
-    edited: Edited,
-    decoder: Decoder,
-    prompts: Sequence[Tokens],
-    variants: Sequence[Variant],
-    limits: Limits,
+    edited: Edited, decoder: Decoder, prompts: Sequence[Tokens], variants: Sequence[Variant], limits: Limits
 ) -> list[list[Tokens]]:
     """The texts of ``variants`` by variant, then by prompt."""
     reading = _Reading(edited, decoder, prompts, variants)

@@ -16,14 +16,7 @@ from shoal.formatting import bytes_text, count_text, listed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
 from ..harness.rates import CALIBRATION_ERROR
-from ..report.findings import (
-    FEW_CHANGED_MEAN,
-    FEW_ITEMS_MEAN,
-    SIGNAL_SIGMAS,
-    Row,
-    is_share,
-    task_result,
-)
+from ..report.findings import FEW_CHANGED_MEAN, FEW_ITEMS_MEAN, SIGNAL_SIGMAS, Row, is_share, task_result
 from ..report.page import DASH, Picture, Table, render
 from ..report.wording import (
     calibration_text,

@@ -100,12 +100,7 @@ def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -
 
 
 def _proposal(
-    model: str,
-    revision: str | None,
-    config: PreTrainedConfig,
-    parameters: int,
-    machine: Machine,
-    text: DefaultText,
+    model: str, revision: str | None, config: PreTrainedConfig, parameters: int, machine: Machine, text: DefaultText
 ) -> dict[str, Any]:
     """The recipe as a plain mapping."""
     decoder, on_cpu, is_public = text_config(config), machine.device.type == "cpu", text.kind == "public"

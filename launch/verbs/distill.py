@@ -327,8 +327,5 @@ def _watched(run: Run) -> Eval | None:
     """Section `eval` as distill.watch scores by it; None where nothing is watched."""
     watch, settings = run.recipe.distill.watch, run.recipe.eval
     return watch and dataclasses.replace(
-        settings,
-        tasks=watch.tasks,
-        limit=watch.limit,
-        perplexity_tokens=watch.perplexity_tokens,
+        settings, tasks=watch.tasks, limit=watch.limit, perplexity_tokens=watch.perplexity_tokens
     )

@@ -12,11 +12,7 @@ from shoal.formatting import aligned, interval_text
 
 from .run import Run
 
-TABLES: dict[str, type[Importance | Plan | Training]] = {
-    "importance": Importance,
-    "plan": Plan,
-    "training": Training,
-}
+TABLES: dict[str, type[Importance | Plan | Training]] = {"importance": Importance, "plan": Plan, "training": Training}
 """Name in a result -> what it is a table of."""
 OF_VERBS = {"measure": "importance", "prune": "plan", "distill": "training", "eval": "scores", "record": "", "push": ""}
 """Verb -> what of a result it has made; of all others it is everything."""

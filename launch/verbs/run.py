@@ -36,14 +36,7 @@ from shoal.model_names import refuse_revision
 from shoal.models.anatomy import image_layers, require_positions, text_config
 from shoal.models.attention import DENSE, Chosen, choose_attention
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import (
-    load_config,
-    load_tokenizer,
-    loaded_dtype,
-    num_parameters,
-    reads_images,
-    without_data,
-)
+from shoal.models.load import load_config, load_tokenizer, loaded_dtype, num_parameters, reads_images, without_data
 from shoal.models.resolve import find_config, resolve_model
 from shoal.progress import doing
 from shoal.ranks import is_main

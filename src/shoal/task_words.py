@@ -16,12 +16,7 @@ PROTOCOLS = {
     "rolling": "running text",
 }
 """Protocol -> its words for a reader."""
-COLUMNS = {
-    "twin": "twin forms",
-    "out": "untrained abilities",
-    "public": "public benchmarks",
-    "in": "trained form",
-}
+COLUMNS = {"twin": "twin forms", "out": "untrained abilities", "public": "public benchmarks", "in": "trained form"}
 """Column -> its words, in the order in which they stand beside each other; see TaskScore.column."""
 ABILITIES = ("retrieval", "knowledge", "reasoning")
 """Abilities that task names begin with."""

@@ -272,11 +272,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma4": Architecture(
         {
-            "text_config": {
-                "layer_types": ALTERNATING,
-                "hidden_size_per_layer_input": 0,
-                "global_head_dim": 16,
-            },
+            "text_config": {"layer_types": ALTERNATING, "hidden_size_per_layer_input": 0, "global_head_dim": 16},
             "vision_config": {
                 "hidden_size": 16,
                 "intermediate_size": 16,
@@ -316,8 +312,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma4_unified_text": Architecture({"layer_types": ALTERNATING}, refuses="layer_types: reads"),
     "git": Architecture(
-        {"vision_config": {**VISION, "num_hidden_layers": 1}},
-        padding="its positions count the padding",
+        {"vision_config": {**VISION, "num_hidden_layers": 1}}, padding="its positions count the padding"
     ),
     "glm4_moe": Architecture({"first_k_dense_replace": 2}),
     "glm_moe_dsa": Architecture(
@@ -377,10 +372,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         refuses="outputs of earlier blocks",
     ),
-    "inkling2_text": Architecture(
-        INKLING,
-        refuses="outputs of earlier blocks",
-    ),
+    "inkling2_text": Architecture(INKLING, refuses="outputs of earlier blocks"),
     "inkling_text": Architecture(
         {
             **INKLING,

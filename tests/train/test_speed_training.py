@@ -8,15 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import (
-    Trial,
-    compile_graphs_only,
-    finished,
-    recipe,
-    run,
-    run_out_of_memory,
-    unfinished,
-)
+from training_runs import Trial, compile_graphs_only, finished, recipe, run, run_out_of_memory, unfinished
 
 pytestmark = pytest.mark.slow
 

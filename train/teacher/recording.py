@@ -152,10 +152,7 @@ def row_hashes(rows: PackedRows, start: int, stop: int) -> NDArray[np.uint8]:
 
 
 def shard_planes(
-    layout: Layout,
-    signals: tuple[Tensor, Tensor, Tensor],
-    hashes: NDArray[np.uint8],
-    states: Mapping[str, Tensor],
+    layout: Layout, signals: tuple[Tensor, Tensor, Tensor], hashes: NDArray[np.uint8], states: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The planes of one shard from what was said of its rows, on the CPU: ids (N, S, K), log-probabilities (N, S, K)
     and tail (N, S), and by plane the ``states`` (N, S, D) as they go to disk."""

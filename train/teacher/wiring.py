@@ -52,10 +52,7 @@ def make_trainable_alike(student: PreTrainedModel, spec: TrainSpec) -> None:
 
 
 def wire(
-    spec: TrainSpec,
-    student: PreTrainedModel,
-    live: PreTrainedModel | None,
-    recorded: RecordingReader | None = None,
+    spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None, recorded: RecordingReader | None = None
 ) -> Wiring:
     """Join a student that is made trainable with its teacher: ``live``, or what was ``recorded`` of it.
 

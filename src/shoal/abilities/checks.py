@@ -15,12 +15,7 @@ from shoal.abilities.words import table
 
 OPENING = 120
 """Characters at a text's beginning in which a refusal's phrase has to start."""
-KINDS: dict[str, tuple[type, ...]] = {
-    "text": (str,),
-    "whole": (int,),
-    "number": (int, float),
-    "truth": (bool,),
-}
+KINDS: dict[str, tuple[type, ...]] = {"text": (str,), "whole": (int,), "number": (int, float), "truth": (bool,)}
 """Type of a field -> what it is in Python, where a truth value would be a number too."""
 LIST = "texts"
 """Type of a field that is a list of texts."""

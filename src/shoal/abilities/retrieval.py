@@ -80,12 +80,7 @@ FORMS = forms_of(LookupForm, "retrieval")
 
 
 def retrieval_items(
-    wanted: Wanted,
-    *,
-    kind: Value = "word",
-    num_pairs: Value = 8,
-    gold_position: Value = None,
-    form: Value = None,
+    wanted: Wanted, *, kind: Value = "word", num_pairs: Value = 8, gold_position: Value = None, form: Value = None
 ) -> list[Item]:
     """Lookup items; `gold_position` None walks evenly over all positions.
 
@@ -148,12 +143,7 @@ def numbers_in(split: str) -> list[str]:
 
 
 def needle_items(
-    wanted: Wanted,
-    *,
-    num_sentences: Value = 40,
-    num_needles: Value = 1,
-    num_asked: Value = 1,
-    depth: Value = None,
+    wanted: Wanted, *, num_sentences: Value = 40, num_needles: Value = 1, num_asked: Value = 1, depth: Value = None
 ) -> list[Item]:
     """Ask for the codes of ``num_asked`` of ``num_needles`` needles; the first stands ``depth`` percent into the text.
 
@@ -204,12 +194,7 @@ def _needle(rng: random.Random, split: str, num_sentences: int, num_needles: int
         wrong=list(map(", ".join, wrong)),
         position=rng.randrange(NUM_OPTIONS),
         question=f"{text}\n\n{question}",
-        params={
-            "num_sentences": num_sentences,
-            "num_needles": num_needles,
-            "num_asked": num_asked,
-            "depth": depth,
-        },
+        params={"num_sentences": num_sentences, "num_needles": num_needles, "num_asked": num_asked, "depth": depth},
     )
 
 

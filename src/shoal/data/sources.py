@@ -23,16 +23,7 @@ from shoal.data.chat import Chat, ImageRow, chat_of, column_of
 from shoal.errors import UserError
 from shoal.formatting import meant
 from shoal.recipe.messages import checked
-from shoal.recipe.section import (
-    AUTO,
-    Column,
-    Conversation,
-    Data,
-    DataSource,
-    Messages,
-    PromptCompletion,
-    Section,
-)
+from shoal.recipe.section import AUTO, Column, Conversation, Data, DataSource, Messages, PromptCompletion, Section
 
 log = logging.getLogger(__name__)
 
@@ -218,10 +209,7 @@ def local_files(source: DataSource) -> list[Path] | None:
     problems = (
         (is_bundled and (picks or source.name is not None), "is bundled, and has no split and no name; leave them out"),
         (not path.exists() and is_path, f"no such file or folder; {_known_sources(source.path)}"),
-        (
-            path.exists() and source.name is not None,
-            "name is for the Hub and has no effect here; leave it out",
-        ),
+        (path.exists() and source.name is not None, "name is for the Hub and has no effect here; leave it out"),
         (path.exists() and not path.is_dir() and not path.is_file(), "is no file but a device or a pipe; name a file"),
         (path.is_dir() and not files, f"the folder holds no {kinds} file; name one that does"),
         (path.is_file() and not files, f"cannot read {path.suffix!r} files; use one of {kinds}"),

@@ -51,14 +51,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     owner, layers = _layers(model)
     norm = next((part for name in FINAL_NORMS if isinstance(part := getattr(owner, name, None), nn.Module)), None)
     head = model.get_output_embeddings()
-    return Anatomy(
-        layers,
-        names[id(layers)],
-        norm,
-        model.get_input_embeddings(),
-        head,
-        names.get(id(head), ""),
-    )
+    return Anatomy(layers, names[id(layers)], norm, model.get_input_embeddings(), head, names.get(id(head), ""))
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -14,18 +14,7 @@ from pydantic import BeforeValidator, Field
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Names
 from shoal.recipe.losses import ForwardKL, Losses, LossTerm, asked_sources, needs_teacher, temperatures
-from shoal.recipe.section import (
-    AUTO,
-    DataSource,
-    Dtype,
-    Packing,
-    Positive,
-    RowLength,
-    Section,
-    Shapes,
-    Text,
-    listed_as,
-)
+from shoal.recipe.section import AUTO, DataSource, Dtype, Packing, Positive, RowLength, Section, Shapes, Text, listed_as
 from shoal.recipe.trainer_arguments import DEFAULTS, HALVES
 
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "norm_and_head"]

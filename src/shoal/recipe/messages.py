@@ -45,13 +45,7 @@ OTHER_VALUES = {"gpu": "cuda", "disabled": "off"}
 """What other tools call a value -> the one here."""
 
 
-def checked(
-    kind: type[S],
-    values: Any,
-    *,
-    source: str,
-    overrides: Sequence[str] = (),
-) -> S:
+def checked(kind: type[S], values: Any, *, source: str, overrides: Sequence[str] = ()) -> S:
     """The section ``kind`` that a plain mapping describes; ``overrides`` are already in it.
 
     Raises:

@@ -76,9 +76,7 @@ class Cut(Section):
     """What becomes of layers."""
 
     changes: Annotated[
-        Annotated[tuple[Change, ...], listed_as("kind")],
-        Shapes.PLAN,
-        Field(exclude_if=lambda changes: not changes),
+        Annotated[tuple[Change, ...], listed_as("kind")], Shapes.PLAN, Field(exclude_if=lambda changes: not changes)
     ] = ()
     """What else is done to layers that stay, in this order, decided on the text of `measure`; a bare word is a kind
     with its defaults: `[compensate]`."""

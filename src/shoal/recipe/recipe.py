@@ -86,9 +86,7 @@ class Recipe(Section):
     but a fifth at least; log, run.json and report say so, and a run directory keeps the share that it was begun with.
     None = sizes are what they say, on every machine."""
     attn_implementation: Annotated[
-        Literal["auto", "flash", "sdpa", "eager"],
-        Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED,
-        Named("attention"),
+        Literal["auto", "flash", "sdpa", "eager"], Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED, Named("attention")
     ] = "auto"
     """Kernels that compute attention; documents of a row stay apart under all of them. auto = what this run directory
     was begun with, else flash where GPU, family and precision allow it, else sdpa, and eager for

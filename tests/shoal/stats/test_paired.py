@@ -279,10 +279,7 @@ def test_a_form_gap_of_nats_is_the_weighted_mean_of_the_items_differences() -> N
         ),
         ({"metric": "acc_norm"}, "metric is 'acc'"),
         ({"chance": 0.1}, "chance is 0.25"),
-        (
-            {"num_fewshot": 3},
-            "num_fewshot is 0 in one evaluation and 3 in the other; a task and its twin differ",
-        ),
+        ({"num_fewshot": 3}, "num_fewshot is 0 in one evaluation and 3 in the other; a task and its twin differ"),
         ({"items": task([1, 0, 1, 0, 1, 1, 1]).items[4:], "n": 3}, "fewer than half of 3 items have the same id"),
     ],
 )

@@ -9,12 +9,7 @@ from shoal.data.packing import IGNORED, ROW, SOURCES
 from shoal.models import document_masks
 from shoal.models.document_masks import documents_known
 from shoal.runtime import queued
-from shoal.train.objective.host_batch import (
-    ON_HOST,
-    learnt_places,
-    on_host,
-    with_host_copy,
-)
+from shoal.train.objective.host_batch import ON_HOST, learnt_places, on_host, with_host_copy
 from shoal.train.objective.objective import final_hidden
 
 CPU = torch.device("cpu")

@@ -75,11 +75,7 @@ def test_a_proposal_is_said_in_recipe_keys(tiny_job: Job) -> None:
 def test_disk_counts_one_checkpoint_more_than_is_kept(tiny_job: Job) -> None:
     weights, tokens = tiny_job.student.parameters, tiny_job.spec.num_steps * tiny_job.spec.tokens_per_step
     assert tokens == 100_352  # rounded up to whole steps of 4 ranks, 4 rows, 64 tokens
-    assert disk_bytes(tiny_job) == {
-        "checkpoints": 3 * 12 * weights,
-        "distilled": 4 * weights,
-        "text": 11 * tokens,
-    }
+    assert disk_bytes(tiny_job) == {"checkpoints": 3 * 12 * weights, "distilled": 4 * weights, "text": 11 * tokens}
     trainer = {"max_steps": 1, "num_train_epochs": 3}
     shorter = replace(tiny_job, spec=replace(tiny_job.spec, settings=replace(tiny_job.spec.settings, trainer=trainer)))
     assert disk_bytes(shorter) == disk_bytes(tiny_job), "rows follow the budget of tokens"

@@ -26,13 +26,7 @@ from shoal.runtime import leave_distributed, set_up_distributed
 from shoal.train import record as stage
 from shoal.train.record import record_signals, top_k_signals
 from shoal.train.teacher import recording
-from shoal.train.teacher.recording import (
-    HEADER_BYTES,
-    RecordingManifest,
-    Wanted,
-    decode_log_probs,
-    encode_log_probs,
-)
+from shoal.train.teacher.recording import HEADER_BYTES, RecordingManifest, Wanted, decode_log_probs, encode_log_probs
 from shoal.train.teacher.signals import RecordingReader
 
 S = 12
