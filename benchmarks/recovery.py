@@ -7,7 +7,9 @@ recovery.yaml beside this file says what models, texts and arms are. Every arm i
 text, losses or trained weights, run by `shoal distill` on the same cut; the intact and the cut model are scored first.
 OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items) and table.csv: scores, per character
 where lm-eval has them so, the share kept of the teacher's distance to chance and its mean over the tasks of a column,
-with 95 % intervals; tokens, seconds, command, commit and processor. For equal time give --tokens by processor_seconds.
+with 95 % intervals, and how far that mean is from the arm `default` at the same tokens and seed; tokens, seconds,
+command, commit and processor. Rows `ARM-TOKENS-all` score every item as its mean over the seeds. For equal time give
+--tokens by processor_seconds.
 
 What is there is not done again, so the same command goes on after a stop, and a training from its last checkpoint.
 --data-dir is a folder of data sets as eval.data_dir takes it, with the texts of recovery.yaml; without it all comes
@@ -29,6 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -41,8 +44,8 @@ from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json, write_text, written_folder
 from shoal.machine import device_name
 from shoal.models.resolve import convert_gguf, resolve_model
-from shoal.stats.means import mean_share
-from shoal.stats.paired import retention
+from shoal.stats.means import mean_change, mean_share
+from shoal.stats.paired import interval, retention
 from shoal.yaml_text import read_yaml
 
 HERE = Path(__file__).parent
@@ -197,22 +200,40 @@ def write_table(asked: argparse.Namespace) -> None:
     for made in sorted((asked.out / "made").glob("*.json")):
         files = (asked.out / "scores" / made.stem).glob("*.json")
         of_names[made.stem] = {task.task: task for file in files for task in Scores.load(file).tasks}
+    seeds: dict[str, list[dict[str, TaskScore]]] = {}
+    for name, own in of_names.items():
+        seeds.setdefault(name.rpartition("-")[0] or name, []).append(own)
+    of_names |= {f"{arm}-all": over_seeds(runs) for arm, runs in seeds.items() if len(runs) > 1}
     rows = [
         {"name": name, **row, **costs(asked.out, name)}
         for name, own in of_names.items()
         for column, tasks in SAID["models"][asked.model]["tasks"].items()
-        for row in rows_of(column, [task for task in tasks if task in own], of_names["teacher"], own)
+        for row in rows_of(column, [task for task in tasks if task in own], of_names, name)
     ]
     with (asked.out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0]])
+        writer = csv.DictWriter(file, fieldnames=[*dict.fromkeys(chain(*rows))])
         writer.writeheader()
         writer.writerows(rows)
 
 
+def over_seeds(runs: Sequence[Mapping[str, TaskScore]]) -> dict[str, TaskScore]:
+    """Each task that all runs have, every item scored as their mean: its interval is over items, for these seeds."""
+    pooled = {}
+    for task in set.intersection(*map(set, runs)):
+        scores = [{item.id: item.score for item in run[task].items} for run in runs]
+        items = tuple(replace(i, score=fmean(run[i.id] for run in scores)) for i in runs[0][task].items)
+        own = replace(runs[0][task], items=items, score=fmean(item.score for item in items))
+        low, high = interval(own)
+        pooled[task] = replace(own, ci_low=low, ci_high=high)
+    return pooled
+
+
 def rows_of(
-    column: str, tasks: Sequence[str], teacher: Mapping[str, TaskScore], own: Mapping[str, TaskScore]
+    column: str, tasks: Sequence[str], of_names: Mapping[str, Mapping[str, TaskScore]], name: str
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a column: its tasks, and the mean of the shares kept where the teacher is clear of chance in all."""
+    """Rows of a column: its tasks, and the mean of the shares kept if the teacher is clear of chance in all, with its
+    change from the arm `default`."""
+    teacher, own, default = of_names["teacher"], of_names[name], of_names.get(f"default-{name.partition('-')[2]}", {})
     kept = {task: retention(teacher[task], own[task]) for task in tasks}
     for task, share in kept.items():
         told = {key: getattr(own[task], key) for key in TOLD}
@@ -220,18 +241,24 @@ def rows_of(
         yield {"column": column, "task": task, **told, **shares}
     if len(tasks) > 1 and (mean := mean_share(teacher, own, {task: 1 / len(tasks) for task in tasks})):
         shares = {"kept": mean.value, "kept_low": mean.ci_low, "kept_high": mean.ci_high}
+        weights = {task: 1 / len(tasks) for task in tasks}
+        if {*tasks} <= {*default} and (change := mean_change(teacher, default, own, weights)):
+            shares |= {"change": change.value, "change_low": change.ci_low, "change_high": change.ci_high}
         yield {"column": column, "task": "mean", **shares}
 
 
 def costs(out: Path, name: str) -> dict[str, Any]:
-    """What a run took, and what made it."""
+    """What a run took, and what made it; nothing of a mean over seeds."""
+    made = out / "made" / f"{name}.json"
+    if not made.is_file():
+        return {}
     trainings = [Training.load(file) for file in (out / "runs" / name).rglob(Training.FILE)]
     return {
         "tokens": sum(one.num_tokens for one in trainings),
         "steps": sum(one.num_steps for one in trainings),
         "seconds": round(sum(one.seconds for one in trainings)),
         "processor_seconds": round(used(out / "runs" / name)),
-        **json.loads((out / "made" / f"{name}.json").read_bytes()),
+        **json.loads(made.read_bytes()),
     }
 
 

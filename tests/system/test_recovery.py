@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import csv
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from results import counted
 from tiny import tiny_checkpoint
 
 from benchmarks import recovery
+from shoal.artifacts.evaluation import TaskScore
 from shoal.recipe.recipe import load_recipe
 
 TASKS = {"twin": ["retrieval_twin_continuation", "knowledge_twin_continuation"]}
@@ -30,6 +33,20 @@ def test_every_phase_of_an_arm_is_a_recipe(arm: str, tmp_path: Path) -> None:
             assert [source.weight for source in settings.data] == [*own["data"].values()]
             assert sum(own["data"].values()) in (pytest.approx(1), 3)
         assert settings.trainer["learning_rate"] == own.get("trainer", {}).get("learning_rate", 1e-3)
+
+
+def test_a_mean_over_seeds_scores_every_item_as_their_mean_and_a_run_changes_by_nothing_from_itself() -> None:
+    def run(right: int) -> dict[str, TaskScore]:
+        return {task: counted("distilled", task, "public", "continuation", 0.25, 40, right) for task in "ab"}
+
+    pooled = recovery.over_seeds([run(20), run(30)])
+    assert Counter(item.score for item in pooled["a"].items) == {1.0: 20, 0.5: 10, 0.0: 10}
+    assert pooled["a"].ci_low < pooled["a"].score == 25 / 40 < pooled["a"].ci_high
+    of_names = {"teacher": run(40), "default-9-0": run(20), "arm-9-0": run(20), "arm-9-1": run(30), "arm-9-all": pooled}
+    same, none = ([*recovery.rows_of("public", ["a", "b"], of_names, name)][-1] for name in ("arm-9-0", "arm-9-all"))
+    assert (same["change"], same["kept"]) == (0, pytest.approx(1 / 3))
+    assert none["kept"] == pytest.approx(0.5)
+    assert "change" not in none, "there is no default over seeds"
 
 
 @pytest.mark.prove
