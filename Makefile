@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart check test prove lint size types fast-tests format docs wheel bench gpu
+.PHONY: quickstart check test prove lint size types fast-tests format docs notebooks wheel bench gpu
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run configs/quickstart.yaml
@@ -44,6 +44,14 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build
+
+# runs the notebooks of docs/ and keeps their outputs
+notebooks: $(INSTALLED)
+	$(BIN)/pip install -qq 'nbconvert>=7' 'ipykernel>=7'
+	rm -rf build/notebooks && mkdir -p build/notebooks && cp docs/*.ipynb build/notebooks
+	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False build/notebooks/*.ipynb
+	cp build/notebooks/*.ipynb docs
 
 wheel: $(INSTALLED)
 	rm -rf dist

@@ -1,4 +1,4 @@
-"""docs/api.md: all its code, block after block as a reader would run it, on a tiny checkpoint."""
+"""docs/tutorials/python.md: all its code, block after block as a reader would run it, on a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-DOCUMENT = Path(__file__).parents[3] / "docs/api.md"
+DOCUMENT = Path(__file__).parents[3] / "docs/tutorials/python.md"
 NAME = '"HuggingFaceTB/SmolLM2-135M"'
 
 
@@ -32,7 +32,9 @@ def test_every_example_runs(teacher: Path, tmp_path: Path, monkeypatch: pytest.M
     assert len(names["plan"].drop) == 2
     assert list(names["run"].scores) == ["teacher", "pruned", "distilled"]
     assert len(names["run"].to_pandas()) == 6
-    healed, student = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("healed", "healed-chat"))
+    healed, student = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("distilled", "distilled-chat")
+    )
     assert healed.config.num_hidden_layers == student.config.num_hidden_layers == 4
 
 
