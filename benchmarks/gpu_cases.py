@@ -90,6 +90,13 @@ def recipe_of(case: Case, size: Size, folder: Path) -> dict[str, Any]:
         "dtype": "bfloat16",
         **case.recipe,
         "prune": {"drop": size.drop},
-        "distill": {"num_tokens": tokens, "sequence_length": size.length, **settings, "trainer": trainer},
+        # one source, so that no loss term is for some of it alone: rows are drawn, and no text is read
+        "distill": {
+            "data": "python_docs",
+            "num_tokens": tokens,
+            "sequence_length": size.length,
+            **settings,
+            "trainer": trainer,
+        },
         "track": {"wandb": "off"},
     }
