@@ -209,7 +209,9 @@ def on_rank(rank: int, ranks: int, folder: str, port: int, stage: int | None) ->
 
 @pytest.mark.prove
 @pytest.mark.parametrize("stage", [None, 0, 2, 3], ids=["ddp", "zero0", "zero2", "zero3"])
-def test_two_ranks_give_the_curve_of_one(tmp_path: Path, stage: int | None) -> None:
+def test_two_ranks_give_the_curve_of_one(tmp_path: Path, stage: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if stage is None:  # under DETAIL torch 2.13.0 ends any DistributedDataParallel on a CPU with a segmentation fault
+        monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "OFF")
     student, teacher = models()
     student.save_pretrained(tmp_path / "student")
     teacher.save_pretrained(tmp_path / "teacher")
