@@ -1,11 +1,12 @@
 """Contract 1 on one tiny model: what a cut gives in memory and on disk is what the teacher gives with layers skipped.
 
 test_architectures.py calls `examine` for every row of architectures.py; `python tests/support/exactness.py` writes what
-it says, every cut saved and reloaded, to docs/architectures.md.
+it says, every cut saved and reloaded, to docs/reference/families.csv.
 """
 
 from __future__ import annotations
 
+import csv
 import random
 import re
 import sys
@@ -38,29 +39,13 @@ PLAIN, LEFT, RIGHT = range(3)
 """Rows of every batch: without padding, padded on the left, padded on the right."""
 
 
-DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
-HEADER = """\
-# Which architectures shoal cuts
-
-Found by the tests with transformers {version}. For every family a tiny random model is cut in every single layer and
-in {num_multi} random sets of layers ({num_with_images} where it reads images). A cut counts as exact when logits are
-equal bit for bit, and greedy text token for token (with and without a KV cache, padded on either side, longer than the
-sliding window), between the cut model in memory, the saved and reloaded one, and the uncut one with these layers
-skipped. Models that read images are asked with and without one, and one cut of each is copied file by file. Everything
-else is refused with its reason before anything is written. `exact` means every cut that was tried, `no` means none.
-
-A family that is not listed goes through the same generic rule, and `shoal prune` proves the result on the saved student
-or refuses it. `python tests/support/exactness.py` writes this file. The tests do the same, but save and reload half of
-the cuts and write text without a cache after one of them only, and fail when it is out of date.
-
-| family | cuts | kinds of layers | head and embeddings | settings that a cut changes | remarks |
-| --- | --- | --- | --- | --- | --- |
-"""
+DOCUMENT = Path(__file__).parents[2] / "docs/reference/families.csv"
+HEAD = ("family", f"cuts (transformers {transformers.__version__})", "layers", "heads", "changed settings", "remarks")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What `examine` found, as docs/architectures.md reports it."""
+    """What `examine` found, as docs/reference/families.csv reports it."""
 
     num_exact: int
     num_refused: int
@@ -295,52 +280,35 @@ def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(dict.fromkeys(phrases))
 
 
-def document_row(name: str, found: Finding) -> str:
-    """The line of docs/architectures.md about row ``name``."""
+def document_row(name: str, found: Finding) -> list[str]:
+    """The row of families.csv for ``name``."""
     num_cuts = found.num_exact + found.num_refused
     status = "exact" if not found.num_refused else f"{found.num_exact} of {num_cuts} exact" if found.num_exact else "no"
     row = ARCHITECTURES[name]
     remarks = [
         "with and without an image" if row.images else "",
-        f"refused, for example: {found.refusal}" if found.refusal else "",
+        f"error, for example: {found.refusal}" if found.refusal else "",
         f"padded rows are not compared with and without cache: {row.padding}" if row.padding else "",
         f"text is not compared with and without cache: {row.cache}" if row.cache else "",
     ]
-    cells = [
-        f"`{name}`",
-        status,
-        "; ".join(found.kinds),
-        ", ".join(found.heads),
-        ", ".join(f"`{field}`" for field in found.fields),
-        ". ".join(remark for remark in remarks if remark).replace("|", "/"),
-    ]
-    return "| " + " | ".join(cells) + " |"
+    told = ". ".join(filter(None, remarks))
+    return [name, status, "; ".join(found.kinds), ", ".join(found.heads), ", ".join(found.fields), told]
 
 
-def document(rows: dict[str, str]) -> str:
-    """The text of docs/architectures.md; ``rows`` are the lines of the families."""
-    return HEADER.format(
-        version=transformers.__version__, num_multi=NUM_MULTI_DROPS, num_with_images=NUM_MULTI_DROPS_WITH_IMAGES
-    ) + "\n".join(
-        [
-            *(rows[name] for name in sorted(ARCHITECTURES)),
-            "",
-            "## Not cut",
-            "",
-            "| model type | why |",
-            "| --- | --- |",
-            *(f"| `{name}` | {reason} |" for name, reason in sorted(NOT_CUT.items())),
-            "",
-        ]
-    )
+def document(rows: dict[str, list[str]]) -> list[list[str]]:
+    """All rows of families.csv; ``rows`` are those of the families that can be cut."""
+    others = {name: [name, "not cut", "", "", "", reason] for name, reason in NOT_CUT.items()}
+    return [[*HEAD], *(own for _, own in sorted({**rows, **others}.items()))]
 
 
-def documented_rows() -> dict[str, str]:
-    """The lines of the families as docs/architectures.md has them."""
-    table = DOCUMENT.read_text().partition("## Not cut")[0] if DOCUMENT.exists() else ""
-    return {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+def documented_rows() -> dict[str, list[str]]:
+    """The rows of families.csv by family."""
+    with DOCUMENT.open(encoding="utf-8", newline="") as file:
+        return {row[0]: row for row in csv.reader(file)}
 
 
 if __name__ == "__main__":
     examined = {name: document_row(name, examine(name, save_all=True)) for name in sys.argv[1:] or ARCHITECTURES}
-    DOCUMENT.write_text(document(documented_rows() | examined))
+    known = {name: row for name, row in documented_rows().items() if name in ARCHITECTURES}
+    with DOCUMENT.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(document(known | examined))
