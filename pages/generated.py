@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import inspect
 import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import shoal
+from shoal.eval.tasks.data_sets import read_data_sets
+from shoal.eval.tasks.names import TASKS_DIR
 from shoal.launch.arguments import VERBS, parse
 from shoal.launch.help import names
 from shoal.launch.help.explain import explanation, places
 from shoal.recipe.asked import ROWS
 from shoal.recipe.not_together import NOT_TOGETHER
-from shoal.task_words import PROTOCOLS
 
 FAMILIES = Path(__file__).parents[1] / "docs/reference/families.csv"
 
@@ -36,8 +37,7 @@ def cli() -> Iterator[str]:
     """The help of every command."""
     yield "# Commands\n\n`shoal COMMAND --help` prints the same.\n"
     for command in VERBS:
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        with redirect_stdout(io.StringIO()) as text, suppress(SystemExit):
             parse([command, "--help"])
         yield f"## shoal {command}\n\n```text\n{text.getvalue()}```\n"
 
@@ -46,49 +46,40 @@ def recipe() -> Iterator[str]:
     """A heading for every section of a recipe, under it a table of its keys."""
     yield "# Keys of a recipe\n\n`shoal explain KEY` prints the same.\n"
     for place in [None, *dict(places())]:
-        for shown in explanation(place):
-            if "keys" in shown:
-                yield from _section(shown)
+        for section in explanation(place):
+            if "keys" in section:
+                yield from _section(section)
     yield "## Settings that exclude each other\n"
     yield from _table("setting | why, and what to set instead", (row.words.split(": ", 1) for row in NOT_TOGETHER))
     yield "\n## Settings that a recipe file needs permission for\n"
-    rows = (
-        (row.place, json.dumps(row.value), f"--allow {row.can}" if row.answer == "asked" else "error", row.why)
-        for row in ROWS
-    )
-    yield from _table("setting | value (null: any) | permission | why, or what to set instead", rows)
+    rows = ((row.place, json.dumps(row.value), "" if row.answer == "refused" else row.can, row.why) for row in ROWS)
+    yield from _table("setting | value (null: any) | --allow (empty: always an error) | why, or the remedy", rows)
 
 
-def _section(shown: dict[str, Any]) -> Iterator[str]:
-    place = shown["key"]
-    yield f"## {place or 'recipe'}\n\n{shown['meaning']}\n"
-    own = {key: explanation(f"{place}.{key}" if place else key)[0] for key in shown["keys"]}
+def _section(section: dict[str, Any]) -> Iterator[str]:
+    place = section["key"]
+    yield f"## {place or 'recipe'}\n\n{section['meaning']}\n"
+    own = {key: explanation(f"{place}.{key}" if place else key)[0] for key in section["keys"]}
     rows = ((key, one["meaning"], one.get("values", ""), one.get("default", "")) for key, one in own.items())
     yield from _table("key | meaning | values | default", rows)
 
 
 def metrics_losses() -> Iterator[str]:
     """What `shoal list` prints of metrics and losses."""
-    yield "# Metrics and losses\n\n`shoal list metrics` and `shoal list losses` print the same.\n\n## Metrics\n"
-    yield from _table("metric | definition | scores; needs", map(_parts, names.metrics().items()))
-    yield "\n## Losses\n\np is the teacher's distribution of the next token, q the student's.\n"
-    yield from _table("loss | definition | keys", map(_parts, names.losses().items()))
+    yield "# Metrics and losses\n\np is the teacher's distribution of the next token, q the student's.\n"
+    for head, found in (("metric | definition", names.metrics()), ("loss | definition", names.losses())):
+        yield from (f"\n## {head.partition(' ')[0].title()}\n", *_table(head, found.items()))
 
 
 def tasks() -> Iterator[str]:
-    """What `shoal list` prints of tasks, a row for each data set, of suites and of bundled text."""
-    yield "# Tasks, suites and bundled text\n\n`shoal list tasks`, `suites` and `data` print the same.\n\n## Tasks\n"
-    yield "The name of a task is that of its data set, `_` and the protocol. lm-eval's tasks work too.\n"
-    own: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for name, about, column in map(_parts, names.tasks().items()):
-        base, _, protocol = name.rpartition("_")
-        own.setdefault((about, column), []).append((base, protocol) if protocol in PROTOCOLS else (name, ""))
-    bases = ((", ".join(dict.fromkeys(base for base, _ in each)), each, of) for of, each in own.items())
-    rows = ((name, ", ".join(dict.fromkeys(end for _, end in each)), *of) for name, each, of in bases)
-    yield from _table("data set | protocols | question | column", rows)
-    for title, found in (("Suites", names.suites()), ("Bundled text", names.data())):
-        yield f"\n## {title}\n"
-        yield from _table("name | meaning", found.items())
+    """Data sets of tasks, and what `shoal list` prints of suites and bundled text."""
+    yield "# Tasks, suites and bundled text\n\nA task is `DATASET_PROTOCOL`. lm-eval's tasks work too.\n\n## Tasks\n"
+    own = (
+        (name, ", ".join(one.protocols), one.about, one.column or "") for name, one in read_data_sets(TASKS_DIR).items()
+    )
+    yield from _table("data set | protocols | question | column", own)
+    for head, found in (("suite | content", names.suites()), ("bundled text | content", names.data())):
+        yield from (f"\n## {head.partition(' |')[0].capitalize()}\n", *_table(head, found.items()))
 
 
 def python() -> Iterator[str]:
@@ -104,15 +95,8 @@ def families() -> Iterator[str]:
     """What tests/system/test_architectures.py found for every family."""
     yield "# Model families\n\n[How this is tested](supported.md#model-families).\n"
     with FAMILIES.open(encoding="utf-8") as file:
-        rows = [(row[0], row[1], row[2], row[-1]) for row in csv.reader(file)]
-    yield from _table(" | ".join(rows[0]), rows[1:])
-
-
-def _parts(entry: tuple[str, str]) -> tuple[str, str, str]:
-    """Name, meaning, and what a list prints after it in brackets."""
-    name, text = entry
-    about, _, more = text.rpartition(" [") if text.endswith("]") else (text, "", "")
-    return name, about, more.removesuffix("]")
+        head, *rows = ((row[0], row[1], row[2], row[-1]) for row in csv.reader(file))
+    yield from _table(" | ".join(head), rows)
 
 
 def _table(head: str, rows: Iterable[Iterable[str]]) -> Iterator[str]:

@@ -70,15 +70,9 @@ class DistillationTrainer(ObjectiveTrainer):
     supervised token. While it does not train or evaluate, ``model`` is an ordinary model.
 
     Example:
-        >>> trainer = DistillationTrainer(
-        ...     model=student,
-        ...     teacher_model=teacher,
-        ...     args=DistillationConfig("healed", bf16=True, losses=["forward_kl", "cross_entropy"]),
-        ...     train_dataset=dataset,
-        ...     processing_class=tokenizer,
-        ... )
+        >>> args = shoal.DistillationConfig("distilled", losses=["forward_kl", "cross_entropy"], max_steps=2)
+        >>> trainer = shoal.DistillationTrainer(student, teacher, args, dataset, processing_class=tokenizer)
         >>> trainer.train()
-        >>> trainer.save_model()
     """
 
     def __init__(

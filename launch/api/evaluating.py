@@ -58,8 +58,8 @@ def evaluate(
         UserError: an unknown task, data that cannot be had, or a task that runs code or needs images.
 
     Example:
-        >>> evaluation = shoal.evaluate(model, tokenizer, ["retrieval_continuation"], limit=100)
-        >>> evaluation.to_pandas()[["task", "score", "ci_low", "ci_high"]]
+        >>> scores = shoal.evaluate(model, tokenizer, ["retrieval_continuation"], limit=10)
+        >>> scores.to_pandas()[["task", "score", "ci_low", "ci_high"]]
     """
     model = as_model(model)
     given: dict[str, Any] = {"tasks": tasks, "limit": limit, "perplexity_tokens": 0, **settings}
@@ -84,7 +84,11 @@ def evaluate(
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Tabular, Artifact):
-    """What changed from one model to others, item by item."""
+    """What changed from one model to others, item by item.
+
+    Example:
+        >>> shoal.compare(teacher, pruned).to_pandas()[["task", "change", "ci_low", "ci_high", "verdict"]]
+    """
 
     reference: Scores
     others: tuple[Scores, ...]
@@ -145,7 +149,7 @@ def compare(reference: Scores, *others: Scores) -> Comparison:
         UserError: no other one, no common task, or one that was asked in another way or of other items.
 
     Example:
-        >>> shoal.compare(teacher, pruned, healed)
+        >>> shoal.compare(teacher, pruned, distilled)
     """
     if not others:
         raise UserError("compare: has nothing to compare with; give the scores of another model too")

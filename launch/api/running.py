@@ -34,7 +34,11 @@ from ..verbs.pipeline import run_all
 
 @dataclass(frozen=True, repr=False)
 class Run(Tabular):
-    """A run directory: what its stages have made, None where one has not run."""
+    """A run directory: what its stages have made, None where one has not run.
+
+    Example:
+        >>> shoal.Run.load("runs/mine").plan
+    """
 
     folder: Path
     """The run directory."""
@@ -115,8 +119,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
         RuntimeError: launched processes have failed, and said why on stderr.
 
     Example:
-        >>> run = shoal.run("quickstart.yaml", "run_dir=runs/quickstart")
-        >>> run.scores["distilled"]
+        >>> shoal.run("mine.yaml", "run_dir=runs/new").scores["distilled"]
     """
     if not isinstance(recipe, str | Path | Mapping):
         raise UserError(f"shoal.run: recipe: is {type(recipe).__name__}; give a file, a folder, a name or a mapping")
@@ -177,7 +180,7 @@ def push_to_hub(
         UserError: no plan, results that are not of one cut, or what the Hub refuses.
 
     Example:
-        >>> shoal.push_to_hub(student, tokenizer, "me/shallow", plan=plan, training=training, scores=[before, after])
+        >>> shoal.push_to_hub(student, tokenizer, "me/shallow", plan=plan, training=training, scores=[teacher, pruned])
     """
     if plan is None:
         raise UserError(

@@ -17,6 +17,11 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2; every other exception is a defect of
     ours and keeps its traceback.
+
+    Example:
+        >>> shoal.cut_model(model, [99])
+        Traceback (most recent call last):
+        shoal.errors.UserError: ...
     """
 
 

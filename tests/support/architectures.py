@@ -1,7 +1,7 @@
 """Tiny random models of every decoder-only family of transformers, several layer kinds mixed where a family has them.
 
-The rows of ARCHITECTURES are what test_architectures.py proves and what docs/reference/families.csv reports. A row is keyed
-by its name: the model type, with a suffix where one family needs several rows.
+The rows of ARCHITECTURES are what test_architectures.py proves and what docs/reference/families.csv reports. A row is
+keyed by its name: the model type, with a suffix where one family needs several rows.
 """
 
 from __future__ import annotations

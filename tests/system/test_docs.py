@@ -4,28 +4,39 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 from transformers import TrainingArguments
 
+import shoal
 from shoal.compress.metrics.registry import METRICS
+from shoal.data.bundled import ABOUT
 from shoal.errors import UserError
 from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.names import TASKS_DIR
-from shoal.launch.arguments import parse
-from shoal.launch.help.explain import found
-from shoal.recipe.distill import Trainable
-from shoal.recipe.losses import LOGIT_TERMS
+from shoal.launch.arguments import VERBS, parse
+from shoal.launch.help.explain import found, places
+from shoal.recipe.losses import KINDS
 from shoal.recipe.messages import sections_in
-from shoal.recipe.recipe import Recipe, parse_recipe
+from shoal.recipe.recipe import Recipe, parse_recipe, read_settings
 from shoal.train.engine.arguments import check_names, deepspeed_config
 from shoal.yaml_text import read_yaml
 
 pytestmark = pytest.mark.every_case
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TRAINING = ROOT / "docs/training"
+PAGES = [
+    *DOCUMENTS,
+    *(ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "configs/tasks/README.md", "lab/results/README.md")),
+]
+
+
+def support(name: str) -> Any:
+    return read_yaml((ROOT / "tests/support" / name).read_text(encoding="utf-8"))
+
+
+LIMITS = support("pages.yaml")
 NO_KEYS = ("json", "md", "py", "yaml", "yml")
 """`distill.json` is a file."""
 
@@ -77,7 +88,7 @@ def is_setting(path: list[str]) -> bool:
     return not ("distill.trainer" in settings and entry) or entry in trainer
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("file", PAGES, ids=name_of)
 def test_every_setting_that_is_named_exists(file: Path) -> None:
     text, _ = re.subn(r"^```diff.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     named = re.findall(rf"(?<![\w/.-])((?:{'|'.join(SECTIONS)})(?:\.\w+)+)", text)
@@ -93,17 +104,24 @@ def test_a_setting_that_does_not_exist_is_noticed() -> None:
     assert not is_setting(["distill", "recorded"])
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
+def check(words: list[str]) -> None:
+    """That the parser and, of a recipe, the types take the words; a name that is no shipped recipe is a model's."""
+    known = parse(words)
+    if VERBS[known.verb].reads_recipe:
+        said, _ = read_settings(known.config, known.words)
+        parse_recipe({"model": "demo:smollm2-135m", "run_dir": "runs/x"} | said)
+
+
+@pytest.mark.parametrize("file", PAGES, ids=name_of)
 def test_every_command_can_be_given(file: Path) -> None:
-    for block in blocks(file, ""):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["shoal"]:
-                parse(words[1:])
-            if "shoal.launch.cli" in words:
-                parse(words[words.index("shoal.launch.cli") + 1 :])
-            scripts = [word for word in words[1:] if word.startswith("launch/")]
-            assert all((ROOT / script).is_file() for script in scripts), line
+    shells = "".join(block for language in ("", "bash", "sh", "console") for block in blocks(file, language))
+    for line in shells.replace("\\\n", " ").replace("&&", "\n").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if words[:1] == ["shoal"] or "shoal.launch.cli" in words:
+            check(words[words.index("shoal" if words[0] == "shoal" else "shoal.launch.cli") + 1 :])
+        scripts = [word for word in words[1:] if word.startswith("launch/")]
+        assert all((ROOT / script).is_file() for script in scripts), line
+    assert set(re.findall(r"`shoal ([a-z]\w*)", file.read_text(encoding="utf-8"))) <= VERBS.keys()
 
 
 def anchors(file: Path) -> set[str]:
@@ -112,7 +130,7 @@ def anchors(file: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)
+@pytest.mark.parametrize("file", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(file: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
         if target.startswith(("https://", "http://")):
@@ -123,49 +141,52 @@ def test_every_link_leads_somewhere(file: Path) -> None:
         assert not anchor or anchor in anchors(there), target
 
 
-def test_the_first_page_has_at_most_900_words() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+def test_every_page_keeps_to_its_words() -> None:
+    words = {name_of(file): len(file.read_text(encoding="utf-8").split()) for file in PAGES}
+    assert words.keys() == LIMITS.keys()
+    assert not {page: count for page, count in words.items() if count > LIMITS[page]}
 
 
-def table(file: Path) -> list[list[str]]:
-    """The cells of a document's first table, without its head."""
-    rows = re.search(r"(?:^\|.*\n)+", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert rows
-    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in rows.group().splitlines()]
-    return [[cell.strip() for cell in cells] for cells in lines[2:]]
+def prose(markdown: str) -> str:
+    """The words of a page: no code, no targets of links, no comments."""
+    text = re.sub(r"^```.*?^```|`[^`]*`|<!--.*?-->|\]\([^)]*\)", " ", markdown, flags=re.MULTILINE | re.DOTALL)
+    return " ".join(text.split())
 
 
-def test_the_table_of_losses_has_every_kind_with_its_keys_and_defaults() -> None:
-    told = {}
-    for kind, _, keys, *_ in table(TRAINING / "losses.md"):
-        told[kind.strip("`")] = {name: float(value) for name, value in re.findall(r"(\w+) \(([\d.e-]+)\)", keys)}
-    settings = [(term().kind, dataclasses.asdict(term())) for term in LOGIT_TERMS]
-    assert told == {
-        kind: {key: value for key, value in values.items() if key not in ("kind", "weight")}
-        for kind, values in settings
-    }
+PRIVATE = {re.compile(word, re.IGNORECASE): plain for word, plain in support("private_words.yaml").items()}
 
 
-def test_the_table_of_trainable_parts_has_every_choice() -> None:
-    assert [cells[0].strip("`") for cells in table(TRAINING / "trainable.md")] == list(get_args(Trainable))
+@pytest.mark.parametrize("file", PAGES, ids=name_of)
+def test_no_page_has_a_private_word(file: Path) -> None:
+    text = prose(file.read_text(encoding="utf-8"))
+    found = [
+        (text[max(0, hit.start() - 30) : hit.end() + 10], plain)
+        for w, plain in PRIVATE.items()
+        for hit in w.finditer(text)
+    ]
+    assert not found
 
 
-def patterns_of(file: Path) -> list[str]:
-    """What the first cells of a document's tables name, as regular expressions: {20,50}pairs stands for two names."""
-    cells = re.findall(r"^\| (`.*?`) \|", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    names = [name for cell in cells for name in re.findall(r"`(.*?)`", cell)]
-    alternatives = [re.sub(r"\{(.*?)\}", lambda of: f"({of[1].replace(',', '|')})", name) for name in names]
-    return [re.sub(r"<\w+>|\*", ".*", name) for name in alternatives]
+def test_a_private_word_is_noticed() -> None:
+    assert [word for word in PRIVATE if word.search(prose("The log `says` so.\n\n```\ntold\n```\n\nThe log says so."))]
+    assert not [word for word in PRIVATE if word.search(prose("The log [shows](told.md) `what is told`."))]
 
 
-def test_every_metric_has_a_row() -> None:
-    assert not set(METRICS) - set(patterns_of(ROOT / "docs/measuring.md"))
-
-
-def test_every_task_has_a_row() -> None:
-    patterns = patterns_of(ROOT / "docs/evaluating.md")
-    parts = {name for name, data in read_data_sets(TASKS_DIR).items() if data.protocols}
-    assert not [name for name in parts if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("cli", [*(f"## shoal {command}\n" for command in VERBS), "--dry-run", "--across-teachers", "--num-drop"]),
+        ("recipe", [f"| `{place.rpartition('.')[2]}` |" for place, own in places() if "properties" not in own]),
+        ("metrics_losses", [f"| `{name}` |" for name in (*METRICS, *KINDS)]),
+        ("tasks", [*(name for name, data in read_data_sets(TASKS_DIR).items() if data.protocols), *ABOUT]),
+        ("python", [f"## shoal.{name}\n" for name in shoal.__all__]),
+        ("families", ["| `llama` | exact |", "| `bert` | not cut |"]),
+    ],
+)
+def test_a_page_made_from_the_code_has_all_of_its_names(page: str, names: list[str]) -> None:
+    generated = pytest.importorskip("pages.generated", reason="needs the extra docs")
+    text = "\n".join(getattr(generated, page)())
+    assert not [name for name in names if name not in text]
 
 
 CONTRIBUTING = ROOT / "docs/contributing.md"
@@ -204,20 +225,3 @@ def test_diffs_for_contributors_begin_at_lines_that_are_there() -> None:
                 assert file.parent.is_dir(), name
                 assert not before or "\n".join(before) in file.read_text(encoding="utf-8"), hunk
     assert hunks > 15
-
-
-PAPERS = ROOT / "docs/papers.md"
-ARXIV = re.compile(r"(?<![\d.])(?:1[5-9]|2\d)(?:0[1-9]|1[0-2])\.\d{5}(?!\d)")
-"""Year, month and number as arXiv has given them since 2015; months keep most decimals out."""
-
-
-def test_every_paper_with_a_number_has_its_place_on_the_page_of_papers_and_no_other_has() -> None:
-    folders = ("src", "compress", "train", "eval", "launch", "lab", "benchmarks", "configs", "docs")
-    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
-    read = [file for file in files if file.suffix in (".py", ".md", ".yaml", ".yml", ".cff") and file != PAPERS]
-    named = {number for file in read for number in ARXIV.findall(file.read_text(encoding="utf-8"))}
-    links = re.findall(r"\[([\d.]+)\]\(https://arxiv\.org/abs/([\d.]+)\)", PAPERS.read_text(encoding="utf-8"))
-    assert len(named) > 30
-    assert sorted(shown for shown, _ in links) == sorted(named)
-    assert all(shown == target for shown, target in links)
-    assert set(ARXIV.findall(PAPERS.read_text(encoding="utf-8"))) == named

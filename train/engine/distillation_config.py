@@ -27,6 +27,10 @@ class DistillationConfig(TrainingArguments):
     """transformers' TrainingArguments, some with other defaults, and the settings of the loss and the data.
 
     A recipe's run makes one too, so that both train alike.
+
+    Example:
+        >>> shoal.DistillationConfig("distilled", losses="forward_kl", learning_rate=2e-4).sequence_length
+        512
     """
 
     per_device_train_batch_size: int = DEFAULTS["per_device_train_batch_size"]

@@ -132,7 +132,11 @@ def _key(said: dict[str, Any]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, repr=False)
 class Scores(Tabular, Artifact):
-    """eval/<role>.json: the abilities of one model; every item is a line of eval/<role>.items.jsonl beside it."""
+    """eval/<role>.json: the scores of one model; every item is a line of eval/<role>.items.jsonl next to it.
+
+    Example:
+        >>> shoal.Scores.load("runs/mine/eval/teacher.json").tasks[0].score
+    """
 
     role: str
     """Role of the model: teacher, pruned, control, distilled or model."""

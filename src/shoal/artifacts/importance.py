@@ -190,7 +190,11 @@ class Atlas:
 
 @dataclass(frozen=True, repr=False)
 class Importance(Tabular, Artifact):
-    """importance.json: what every layer is worth. Higher = keep."""
+    """importance.json: the score of every layer. Higher = keep.
+
+    Example:
+        >>> shoal.Importance.load("runs/mine").layers["block_influence"]
+    """
 
     FILE: ClassVar[str] = "importance.json"
     INTERNAL = ("errors", "atlas", "sweeps")

@@ -109,7 +109,11 @@ class PlannedChange:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Tabular, Artifact):
-    """plan.json: which of the teacher's layers go. Indices are 0-based and the teacher's."""
+    """plan.json: the layers of the teacher to drop. Indices are 0-based and the teacher's.
+
+    Example:
+        >>> shoal.Plan.load("runs/mine").drop
+    """
 
     FILE: ClassVar[str] = "plan.json"
     INTERNAL = ("gaps", "width", "text", "student")

@@ -10,7 +10,11 @@ from shoal.artifacts.artifact import Artifact, Json, Tabular
 
 @dataclass(frozen=True, repr=False)
 class Training(Tabular, Artifact):
-    """distill.json: how the student was trained; written when distilled/ is complete. Of the control: control/."""
+    """distill.json: how the student was trained; written when distilled/ is complete. Of the control: control/.
+
+    Example:
+        >>> shoal.Training.load("runs/mine").num_tokens
+    """
 
     FILE: ClassVar[str] = "distill.json"
     INTERNAL = ("settings",)

@@ -5,7 +5,6 @@ Covers: shoal.data.bundled.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,6 @@ from shoal.launch.cli import main
 from shoal.launch.help import names
 from shoal.recipe.losses import KINDS
 from shoal.recipe.recipe import load_recipe
-
-GUIDE = Path(__file__).parents[3] / "docs/guide.md"
 
 
 def listed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -56,11 +53,6 @@ def test_lists_are_those_of_the_code() -> None:
     assert list(names.losses()) == list(KINDS)
     assert list(names.metrics()) == list(METRICS)
     assert set(ABOUT) == {*BUNDLED, *BUNDLED_ROWS}
-
-
-def test_the_guide_has_a_row_for_every_bundled_source() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert set(ABOUT) <= set(rows)
 
 
 def test_every_listed_task_can_be_asked() -> None:
