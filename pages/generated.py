@@ -1,4 +1,4 @@
-"""Pages of the site's reference that are made from the code, so that nobody writes them twice."""
+"""Pages of the site that are made from the code and from notebooks, so that nobody writes them twice."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import inspect
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 import shoal
 from shoal.eval.tasks.data_sets import read_data_sets
@@ -23,7 +25,7 @@ from shoal.launch.help.explain import explanation, places
 from shoal.recipe.asked import ROWS
 from shoal.recipe.not_together import NOT_TOGETHER
 
-FAMILIES = Path(__file__).parents[1] / "docs/reference/families.csv"
+ROOT = Path(__file__).parents[1]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -31,6 +33,28 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     for page in (cli, recipe, metrics_losses, tasks, python, families):
         name = f"docs/reference/{page.__name__.replace('_', '-')}.md"
         files.append(File.generated(config, name, content="\n".join(page())))
+    for file in (ROOT / "docs").glob("*.ipynb"):
+        files.append(File.generated(config, f"docs/{file.stem}.md", content="\n\n".join(notebook(file))))
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """A page with the links that the site alone can follow: to notebooks as pages, and to pages made here."""
+    made = r"`([\w-]+)\.html`" if page.file.src_uri == "docs/reference/README.md" else "$^"
+    return re.sub(made, r"[\1](\1.md)", markdown.replace(".ipynb)", ".md)"))
+
+
+def notebook(file: Path) -> Iterator[str]:
+    """The cells of a notebook, and what they show."""
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        yield source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+        for output in cell.get("outputs", ()):
+            shown = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+            if "image/png" in shown:
+                yield f"![figure](data:image/png;base64,{shown['image/png'].strip()})"
+            else:
+                text = shown.get("text/plain") or "".join(output.get("text", ()))
+                yield shown.get("text/html") or f"```text\n{text.strip()}\n```"
 
 
 def cli() -> Iterator[str]:
@@ -94,7 +118,7 @@ def python() -> Iterator[str]:
 def families() -> Iterator[str]:
     """What tests/system/test_architectures.py found for every family."""
     yield "# Model families\n\n[How this is tested](supported.md#model-families).\n"
-    with FAMILIES.open(encoding="utf-8") as file:
+    with (ROOT / "docs/reference/families.csv").open(encoding="utf-8") as file:
         head, *rows = ((row[0], row[1], row[2], row[-1]) for row in csv.reader(file))
     yield from _table(" | ".join(head), rows)
 

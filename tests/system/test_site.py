@@ -37,14 +37,17 @@ def test_every_document_is_a_page_that_the_navigation_names(site: Path) -> None:
     assert not {page for page in pages if f'href="{page}"' not in first}
 
 
-def test_pages_of_keys_and_modules_are_those_of_the_code(site: Path) -> None:
-    keys, modules = ((site / f"docs/{name}.html").read_text(encoding="utf-8") for name in ("keys", "modules"))
+def test_generated_pages_and_notebooks_are_there(site: Path) -> None:
+    keys, notebook, reference = (
+        (site / f"docs/{name}.html").read_text(encoding="utf-8")
+        for name in ("reference/recipe", "first_steps", "reference/index")
+    )
     assert "distill.lora" in keys
-    assert "Share of the layers to drop" in keys
-    assert "shoal.compress.surgery" in modules
+    assert "measure_importance" in notebook
+    assert 'href="families.html"' in reference
 
 
-@pytest.mark.parametrize("link", ["docs/no_such_page.md", "docs/guide.md#no-such-heading"])
+@pytest.mark.parametrize("link", ["docs/no_such_page.md", "docs/reference/glossary.md#no-such-heading"])
 def test_a_link_that_leads_nowhere_ends_the_build(tmp_path: Path, link: str) -> None:
     pages = tmp_path / "pages"
     pages.mkdir()
