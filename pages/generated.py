@@ -85,7 +85,7 @@ def _section(section: dict[str, Any]) -> Iterator[str]:
     yield f"## {place or 'recipe'}\n\n{section['meaning']}\n"
     own = {key: explanation(f"{place}.{key}" if place else key)[0] for key in section["keys"]}
     rows = ((key, one["meaning"], one.get("values", ""), one.get("default", "")) for key, one in own.items())
-    yield from _table("key | meaning | values | default", rows)
+    yield from (*_table("key | meaning | values | default", rows), "")
 
 
 def metrics_losses() -> Iterator[str]:
