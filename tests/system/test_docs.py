@@ -13,12 +13,12 @@ import shoal
 from shoal.compress.metrics.registry import METRICS
 from shoal.data.bundled import ABOUT
 from shoal.errors import UserError
-from shoal.eval.tasks.data_sets import read_data_sets
+from shoal.eval.tasks.data_sets import DataSet, read_data_sets
 from shoal.eval.tasks.names import TASKS_DIR
 from shoal.launch.arguments import VERBS, parse
 from shoal.launch.help.explain import found, places
 from shoal.recipe.losses import KINDS
-from shoal.recipe.messages import sections_in
+from shoal.recipe.messages import checked, sections_in
 from shoal.recipe.recipe import Recipe, parse_recipe, read_settings
 from shoal.train.engine.arguments import check_names, deepspeed_config
 from shoal.yaml_text import read_yaml
@@ -37,6 +37,7 @@ def support(name: str) -> Any:
 
 
 LIMITS = support("pages.yaml")
+MODEL = "demo:smollm2-135m"
 NO_KEYS = ("json", "md", "py", "yaml", "yml")
 """`distill.json` is a file."""
 
@@ -69,8 +70,12 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_in_the_documentation_loads(recipe: str) -> None:
-    distill = parse_recipe({"model": "demo:smollm2-135m", "run_dir": "runs/x"} | read_yaml(recipe)).distill
+def test_every_recipe_and_data_set_in_the_documentation_loads(recipe: str) -> None:
+    said = read_yaml(recipe)
+    if "dataset" in said:
+        checked(DataSet, said, source="page")
+        return
+    distill = parse_recipe({"model": MODEL, "run_dir": "runs/x"} | said).distill
     check_names(distill)
     assert deepspeed_config(distill)
 
@@ -105,11 +110,12 @@ def test_a_setting_that_does_not_exist_is_noticed() -> None:
 
 
 def check(words: list[str]) -> None:
-    """That the parser and, of a recipe, the types take the words; a name that is no shipped recipe is a model's."""
+    """That the parser takes the words, and that they are settings of a shipped recipe or of one with defaults."""
     known = parse(words)
     if VERBS[known.verb].reads_recipe:
-        said, _ = read_settings(known.config, known.words)
-        parse_recipe({"model": "demo:smollm2-135m", "run_dir": "runs/x"} | said)
+        shipped = (ROOT / "configs" / known.config).with_suffix(".yaml").is_file()
+        said, _ = read_settings(known.config if shipped else MODEL, known.words)
+        parse_recipe({"model": MODEL, "run_dir": "runs/x"} | said)
 
 
 @pytest.mark.parametrize("file", PAGES, ids=name_of)
