@@ -71,7 +71,7 @@ class DistillationTrainer(ObjectiveTrainer):
 
     Example:
         >>> args = shoal.DistillationConfig("distilled", losses=["forward_kl", "cross_entropy"], max_steps=2)
-        >>> trainer = shoal.DistillationTrainer(student, teacher, args, dataset, processing_class=tokenizer)
+        >>> trainer = shoal.DistillationTrainer(student, model, args, dataset, processing_class=tokenizer)
         >>> trainer.train()
     """
 
