@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -112,7 +113,9 @@ def python() -> Iterator[str]:
     for name in shoal.__all__:
         value = getattr(shoal, name)
         first, _, rest = (inspect.getdoc(value) or "").partition("\n\n")
-        yield f"## shoal.{name}\n\n{first}\n\n```text\n{name}{inspect.signature(value)}\n\n{rest}\n```\n"
+        takes = "(message)" if value is shoal.UserError else inspect.signature(value)
+        call = textwrap.fill(f"{name}{takes}", 110, subsequent_indent="    ", break_long_words=False)
+        yield f"## shoal.{name}\n\n{first}\n\n```text\n{call}\n\n{rest}\n```\n"
 
 
 def families() -> Iterator[str]:
