@@ -2,8 +2,8 @@
 
     measure      every asked metric, pass by pass
     plan         the choice
-    free_layers  what of it needs no score
-    layer_sizes  what every layer takes of files, memory and time, and what prune.target asks of it
+    free_layers  what of it needs no score, and what prune.target asks
+    layer_sizes  what every layer takes of files, memory and time
     estimate     what a cut would make, for a reader
     apply        writes the student of a plan
     gguf         the student as a file for llama.cpp, and what llama.cpp would take it for

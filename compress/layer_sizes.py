@@ -1,5 +1,4 @@
-"""What every layer of a model takes: parameters, bytes in files, bytes read per written token, and cache; and what
-prune.target asks dropped layers to save of it.
+"""What every layer of a model takes: parameters, bytes in files, bytes read per written token, and cache.
 
 Told from the configuration and the headers of the files; no weight is read. The sizes of a cut model follow by
 subtraction, exactly: what layers share with each other or with the rest of the model stays until the last of it goes,
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from shoal.models.cost import Cost, active_parameters, decode_bytes, model_cost
 from shoal.models.load import load_config, loaded_dtype, without_data
 from shoal.recipe.prune import Target
 
+from .free_layers import Goal, Goals, goal_of_parameters, goals_asked
 from .surgery.quantised import without_quantization
 from .surgery.stored_names import NotByCopy, find_layers, split_layer, student_names
 
@@ -155,85 +155,18 @@ def _holders(model: PreTrainedModel) -> Counter[int]:
     return holders
 
 
-@dataclass(frozen=True)
-class Goal:
-    """One target, in whole units of what it limits."""
-
-    name: str
-    """`params`"""
-    asked: float
-    """The recipe's value."""
-    whole: int
-    """Amount with all layers."""
-    limit: int
-    """Amount that the student may have at most."""
-    layers: tuple[int, ...]
-    """Amount that goes with each layer."""
-    text: Callable[[int], str]
-    """Amount -> value in the recipe's unit, in words."""
-    conditions: str = ""
-    """At what it holds and what it rests on, in words."""
-
-    def amount(self, drop: Iterable[int]) -> int:
-        """What is left without these layers."""
-        return self.whole - sum(self.layers[layer] for layer in drop)
-
-    def in_words(self, drop: Iterable[int]) -> str:
-        """`params 118,200,000 (asked: 120,000,000)`."""
-        return f"{self.name} {self.text(self.amount(drop))}{self.conditions} (asked: {self.asked:,.8g})"
-
-
-@dataclass(frozen=True)
-class Goals:
-    """All targets of a recipe, for one model."""
-
-    goals: tuple[Goal, ...]
-
-    def reached(self, drop: Iterable[int]) -> bool:
-        """Whether a student without these layers is within all limits."""
-        gone = tuple(drop)
-        return all(goal.amount(gone) <= goal.limit for goal in self.goals)
-
-    def in_words(self, drop: Iterable[int]) -> str:
-        """What is reached, beside what was asked."""
-        gone = tuple(drop)
-        return ", ".join(goal.in_words(gone) for goal in self.goals)
-
-    def first_reaching(self, cuts: Sequence[Sequence[int]], what: str) -> int:
-        """The position of the first of ``cuts``, ever more layers, that reaches all goals; ``what`` says in words which
-        cuts these are.
-
-        Raises:
-            UserError: none does, with the nearest that there is.
-        """
-        if (first := next((at for at, cut in enumerate(cuts) if self.reached(cut)), None)) is not None:
-            return first
-        nearest = self.in_words(cuts[-1] if cuts else ())
-        raise UserError(
-            f"prune.target: is not reached by {what}; the nearest is {nearest}. Ask for less, or shorten prune.protect "
-            "and prune.spare"
-        )
-
-
 def goals_of(target: Target, sizes: LayerSizes) -> Goals:
     """The targets for a model of these sizes.
 
     Raises:
         UserError: targets that the model reaches as it is, or a cache that cannot be told.
     """
-    goals = Goals(tuple(_goals(target, sizes)))
-    if goals.reached(()):
-        raise UserError(
-            f"prune.target: nothing has to go, because all of it holds already: {goals.in_words(())}; ask for more, or "
-            "leave prune.target out"
-        )
-    return goals
+    return goals_asked(_goals(target, sizes))
 
 
 def _goals(target: Target, sizes: LayerSizes) -> Iterator[Goal]:
     if target.params is not None:
-        own, whole = sizes.layer_parameters, sizes.cost.num_parameters
-        yield Goal("params", target.params, whole, math.floor(target.params), own, "{:,}".format)
+        yield goal_of_parameters(target.params, sizes.cost.num_parameters, sizes.layer_parameters)
     batch, length = target.batch_size, target.sequence_length or sizes.length
     conditions = f" for {batch} x {length:,} tokens"
     if target.memory_gb is not None:

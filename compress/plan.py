@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from shoal.artifacts.importance import Importance, SweepColumn
 from shoal.components import require_layers
 from shoal.errors import UserError
-from shoal.recipe.prune import CutByScore, CutThese, Prune
+from shoal.recipe.prune import NO_CORNERSTONE, CutByScore, CutThese, Prune
 
-from .free_layers import count_of, free_layers, longest_run, possible_count, protected_layers
-from .layer_sizes import Goals
+from .free_layers import Goals, count_of, fewest, longest_run, middle_first, possible_count, protected_layers
 from .sweeps.atlas import cornerstones
 from .sweeps.columns import is_loss, joint_change, layer_scores, ranks, swept_columns, unknown
 
@@ -117,9 +116,9 @@ def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Ch
     """
     if isinstance(prune, CutThese):
         return _explicit(prune, num_layers)
-    order = sorted(free_layers(prune, num_layers), key=lambda layer: abs(2 * layer - num_layers))
+    order = middle_first(prune, num_layers)
     if goals is not None:
-        count = _fewest(order, num_layers, goals)
+        count = fewest(order, num_layers, goals)
     else:
         count = possible_count(prune, num_layers)
     return Choice(
@@ -131,10 +130,7 @@ def _limits(prune: CutByScore, importance: Importance) -> _Limits:
     protected = protected_layers(prune.protect, importance.num_layers)
     if "cornerstone" in prune.protect:
         if importance.atlas is None:
-            raise UserError(
-                "prune.protect: cornerstone needs swept tasks, importance.json holds none; name some in "
-                "measure.sweep.tasks and measure again, or name the layers to protect"
-            )
+            raise UserError(NO_CORNERSTONE)
         protected |= set(cornerstones(importance.atlas.sweep))
     spared: dict[str, SweepColumn] = {}
     for name in prune.spare:
@@ -154,15 +150,6 @@ def _warn_without_signal(name: str, importance: Importance) -> None:
     for column in swept_columns(name, importance):
         if column.higher_is_better and column.no_retention:
             log.warning("prune: %s says little about layers: %s", column.task, column.no_retention)
-
-
-def _fewest(
-    order: Sequence[int], num_layers: int, goals: Goals, what: str = "dropping every layer that is free to go"
-) -> int:
-    """How many of the first layers of ``order`` reach the goals, one layer staying; ``what`` is all of them, in
-    words."""
-    prefixes = [order[:count] for count in range(1, min(len(order), num_layers - 1) + 1)]
-    return 1 + goals.first_reaching(prefixes, what)
 
 
 def _explicit(prune: CutThese, num_layers: int) -> Choice:
@@ -234,7 +221,7 @@ def _first_of_order(prune: CutByScore, wanted: int | Goals, limits: _Limits, imp
     if isinstance(wanted, Goals):
         layers = limits.affordable(free, len(free))
         what = [f"the {len(layers)} removals of the order of {metric}"] if greedy else []
-        count = _fewest(layers, importance.num_layers, wanted, *what)
+        count = fewest(layers, importance.num_layers, wanted, *what)
     else:
         count = wanted
     drop = limits.affordable(free, count)

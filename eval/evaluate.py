@@ -31,7 +31,7 @@ from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import Checkpoint, num_parameters, without_data
 from shoal.progress import each
 from shoal.ranks import rank, world_size
-from shoal.recipe.evaluate import DEFAULT, Eval, limit_of
+from shoal.recipe.evaluate import Eval, limit_of
 from shoal.runtime import agreed, device, environment, seed_everything
 
 from .harness.engine import NEW_TOKENS, CausalLM, connect_ranks, prompt_room
@@ -40,7 +40,7 @@ from .harness.perplexity import perplexity, windows
 from .harness.samples import task_score
 from .harness.vllm import vllm_lm
 from .tasks.load import tasks_of
-from .tasks.names import named_in
+from .tasks.names import named_in, refuse_other_limits
 
 log = logging.getLogger(__name__)
 
@@ -243,12 +243,7 @@ def num_items(tasks: dict[str, Any], settings: Eval, *, num_ranks: int = 1) -> d
         UserError: a limit for a task that is not among them, or fewer items than ranks: lm-eval, which deals them out,
             would stop with a traceback on one rank, and the others wait for it.
     """
-    named = settings.limit if isinstance(settings.limit, dict) else {}
-    if unknown := sorted(named.keys() - {DEFAULT, *tasks}):
-        raise UserError(
-            f"eval.limit: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to "
-            "them, or leave its limit out (on the command line: eval.limit=NUMBER)"
-        )
+    refuse_other_limits(settings.limit, tasks)
     wanted = {name: limit_of(settings.limit, name) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in tasks.items()}
     counts = {name: min(wanted[name] or available[name], available[name]) for name in tasks}

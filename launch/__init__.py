@@ -17,3 +17,16 @@ Folders:
     help       the recipe's keys explained, what it can name, a first recipe
     verbs      the verbs of the command, each in its run directory
 """
+
+from __future__ import annotations
+
+import signal
+
+
+def main() -> None:
+    """Entry point of `shoal`: until its modules are loaded, Ctrl-C ends the process without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from .cli import main
+
+    main()

@@ -116,7 +116,7 @@ def run_verb(
             done(recipe, said)
 
     def done(recipe: Recipe, said: dict[str, Any]) -> None:
-        refuse_early(verb, recipe)
+        refuse_early(verb, recipe, writes=not dry_run)
         if dry_run:
             with doing(f"{verb} --dry-run"):
                 told = _dry_run(verb, recipe, as_json=as_json)
@@ -228,14 +228,12 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         Path(os.environ[STARTED]).touch()
     with loading():
         from shoal import runtime
-        from shoal.tracking.wandb_run import wandb_mode
 
-        from .verbs import distill, pipeline, report
+        from .verbs import distill, pipeline
         from .verbs.run import locked, open_run
 
         stage = _function(VERBS[verb].function)
     launched = "LOCAL_RANK" in os.environ
-    wandb_mode(recipe.track)  # refuses now, not after hours
     if verb == "run" and launched:
         raise UserError("`shoal run` starts its own launchers; under one, call measure, prune, distill and eval")
     if launched or (verb == "record" and ranks_of(verb, recipe) == 1):
@@ -254,8 +252,6 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
                 distill.refuse_other_checkpoints(run)
         launch(verb, run)
         return run
-    if verb == "report":
-        report.require_results(run)
     with locked(run) if ranks.is_main() else contextlib.nullcontext():
         stage(run)
         runtime.leave_distributed()  # before an upload that the other ranks need not wait for

@@ -19,9 +19,8 @@ from transformers import PreTrainedConfig
 
 from shoal.errors import UserError
 from shoal.models.anatomy import deepstack_layers
-from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS
+from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, NOT_CAUSAL
 from shoal.models.families import family
-from shoal.models.load import NOT_CAUSAL
 
 log = logging.getLogger(__name__)
 

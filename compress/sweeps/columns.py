@@ -12,7 +12,7 @@ from scipy import stats
 from shoal.artifacts.importance import Estimate, Importance, Removal, SweepColumn
 from shoal.errors import UserError
 from shoal.formatting import layers_text, signed
-from shoal.recipe.measure import METRICS, no_metric
+from shoal.recipe.measure import METRICS, no_metric, not_measured
 from shoal.stats.intervals import Array, combined
 
 
@@ -67,7 +67,7 @@ def unknown(name: str, importance: Importance, setting: str, *, swept_only: bool
     listed = sorted([*metrics, *(column.task for column in columns)])
     hint = f"did you mean {close[0]}?" if close else f"it has {' or '.join(listed) or 'none'}."
     where = "measure.sweep.tasks" if swept_only else "measure.metrics (a task: in measure.sweep.tasks)"
-    return UserError(f"{setting}: is not in importance.json; {hint} To add it, name it in {where} and measure again")
+    return not_measured(setting, hint, where)
 
 
 def ranks(scores: Sequence[float]) -> tuple[float, ...]:

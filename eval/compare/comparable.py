@@ -13,7 +13,6 @@ from typing import Any
 from shoal.artifacts.evaluation import MODEL, NATS_PER_TOKEN, PERPLEXITY, Scores, TaskScore
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import tokenizer_fingerprint
-from shoal.models.load import load_tokenizer
 from shoal.stats.paired import paired, require_same_measurement
 from shoal.task_words import COLUMNS
 
@@ -286,6 +285,8 @@ def tokenizer_difference(folder: Path, reference: Path, *, trust_remote_code: bo
     """What is another in one tokenizer than in that of ``reference``; empty where text becomes equal tokens."""
     if tokenizer_fingerprint(folder) == tokenizer_fingerprint(reference):
         return ""
+    from shoal.models.load import load_tokenizer
+
     own, other = (_tokens(load_tokenizer(path, trust_remote_code=trust_remote_code)) for path in (folder, reference))
     return next((f"another {what}" for what, value in own.items() if value != other[what]), "")
 

@@ -26,7 +26,7 @@ from shoal.task_words import Column
 
 from .data_sets import DataSet, Stamps, share, yaml_files
 from .documents import local_rows
-from .names import described_data, described_tasks, refuse_unknown, task_folders, unknown
+from .names import described_data, described_tasks, local_data, refuse_unknown, task_folders, unknown
 from .protocols import task_config
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,7 @@ def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
     manager = _manager_that_knows([name for name in names if name not in described | tags], folders)
     both = {name for name in names if name in tags and name in manager.task_index}  # a group of files too
     members = [member for name in names for member in (*tags.get(name, (name,)), *([name] if name in both else []))]
-    local = None if settings.data_dir is None else Path(settings.data_dir).expanduser()
-    if local is not None and not local.is_dir():
-        raise UserError(f"eval.data_dir: {settings.data_dir!r} is no folder; name one that holds data sets")
+    local = local_data(settings.data_dir)
     _refuse_missing(_rows_read(members, manager, folders, num_fewshot), local)
     tasks: dict[str, Any] = {}
     with _data_from(local, data_sets, num_fewshot):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shoal.atomic_files import fingerprint, known_hash
 from shoal.errors import UserError
-from shoal.recipe.evaluate import CONFIGS_DIR, SUITES
+from shoal.recipe.evaluate import CONFIGS_DIR, DEFAULT, SUITES, Limit
 
 from .data_sets import DataSet, TaskProtocol, read_data_sets
 
@@ -26,22 +26,44 @@ TASKS_DIR = CONFIGS_DIR / "tasks"
 HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
 NAMED_TASKS = 6
 """Tasks that are named, at most, of those that a name begins."""
-NAMES = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([\w./-]+)", flags=re.MULTILINE)
+NAME = r"""[^\s'"\[\]{},]+"""
+NAMES = re.compile(
+    rf"""^["']?(?:task|group|tag)["']?:[ \t]*(?:["']?({NAME})|\[([^]]*)\]|\n((?:[ \t]*(?:[-#].*)?(?:\n|\Z))+))""",
+    flags=re.MULTILINE,
+)
+"""Names at the top of a task file: one, a list in brackets, or one on lines of its own."""
+LISTED = re.compile(rf"""(?:^[ \t]*-[ \t]|^|,)[ \t]*["']?((?![#-]){NAME})""", flags=re.MULTILINE)
+"""Names in such a list."""
 TASKS = re.compile(r"^task:[ \t]*[\"']?([\w./-]+)", flags=re.MULTILINE)
 
 
 def refuse_unknown(
     names: Sequence[str], include_path: str | Path | None = None, *, setting: str = "eval.tasks"
 ) -> None:
-    """Refuse a name that stands in no task file; one that is only mentioned in some is for the index to refuse.
-    ``setting`` is what names them."""
+    """Refuse a name that no task file defines; ``setting`` is what names them."""
     folders = task_folders(include_path)
     described, tags = described_tasks(folders)
     for name in names:
-        if name not in described and name not in tags:
-            whole = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-            if not any(name in text and whole.search(text) for text in _every_text(folders)):
-                raise unknown(name, folders, setting)
+        if name not in described and name not in tags and name not in _defined(folders):
+            raise unknown(name, folders, setting)
+
+
+def tasks_named(names: Sequence[str], include_path: str | Path | None) -> list[str] | None:
+    """The tasks that ``names`` mean, groups expanded; None if only lm-eval knows some of them."""
+    described, tags = described_tasks(task_folders(include_path))
+    if include_path is not None or not {*names} <= described.keys() | tags.keys():
+        return None
+    return list(dict.fromkeys(member for name in names for member in tags.get(name, (name,))))
+
+
+def refuse_other_limits(limit: Limit, tasks: Collection[str]) -> None:
+    """Refuse a limit for a task that is not among the evaluated ``tasks``."""
+    named = limit if isinstance(limit, dict) else {}
+    if unknown := sorted(named.keys() - {DEFAULT, *tasks}):
+        raise UserError(
+            f"eval.limit: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to "
+            "them, or leave its limit out (on the command line: eval.limit=NUMBER)"
+        )
 
 
 @contextmanager
@@ -57,7 +79,7 @@ def named_in(section: str, *settings: str) -> Iterator[None]:
 def unknown(name: str, folders: Sequence[Path], setting: str = "eval.tasks") -> UserError:
     """What is said of a name that is no task's: what it begins, or what is closest to it."""
     described, tags = described_tasks(folders)
-    known = [*SUITES, *described, *tags, *(other for text in _every_text(folders) for other in NAMES.findall(text))]
+    known = [*SUITES, *described, *tags, *sorted(_defined(folders))]
     begun = [other for other in known if other.startswith(f"{name}_")][:NAMED_TASKS]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else "`shoal list tasks` names shoal's own"
@@ -84,6 +106,14 @@ def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:
         if folder.resolve() not in [other.resolve() for other in folders]:
             folders.append(folder)
     return tuple(folders)
+
+
+def local_data(data_dir: str | None) -> Path | None:
+    """The folder that eval.data_dir names."""
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"eval.data_dir: {data_dir!r} is not a folder; name one that holds data sets")
+    return folder
 
 
 def described_data(folders: Sequence[Path]) -> dict[str, DataSet]:
@@ -154,19 +184,25 @@ def local_data_fingerprint(data_dir: str, include_path: str | Path | None = None
     return fingerprint([[name, known_hash(folder / name)] for name in sorted(named) if (folder / name).is_file()])
 
 
-def _every_text(folders: Sequence[Path]) -> Iterator[str]:
-    """The text of every task file, of ``folders`` and of lm-eval."""
-    for folder in folders:
-        yield from _texts(folder)
-    yield from _collection()
+def _defined(folders: Sequence[Path]) -> Set[str]:
+    """The names of tasks, groups and tags in the task files of ``folders`` and of lm-eval."""
+    return _names(text for folder in folders for text in _texts(folder)) | _collection()
+
+
+def _names(texts: Iterable[str]) -> frozenset[str]:
+    found = [match for text in texts for match in NAMES.findall(text)]
+    in_lists = (name for _, *lists in found for items in lists for name in LISTED.findall(items))
+    return frozenset(name for name, *_ in found if name).union(in_lists)
 
 
 @cache
-def _collection() -> tuple[str, ...]:
-    """The text of lm-eval's task files, found without importing it."""
+def _collection() -> frozenset[str]:
+    """The same of lm-eval's, found without importing it; what its files include has names of any form."""
     package = find_spec("lm_eval")
     places = list(package.submodule_search_locations or ()) if package else []
-    return tuple(text for place in places for text in _texts(Path(place) / "tasks"))
+    files = (file for place in places for file in (Path(place) / "tasks").rglob("*"))
+    files = (file for file in files if file.suffix in ("", ".yaml", ".yml") or "yaml" in file.name)
+    return _names(file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
 
 
 def _texts(folder: Path) -> Iterator[str]:

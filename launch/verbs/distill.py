@@ -20,12 +20,12 @@ from shoal.data.image_rows import ImageReader
 from shoal.data.sources import sources_fingerprint
 from shoal.data.streams import check_source
 from shoal.errors import UserError
-from shoal.machine import ranks_to_start, refuse_crowd
+from shoal.machine import ranks_to_start
 from shoal.models.anatomy import refuse_both_directions
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
-from shoal.ranks import world_size
+from shoal.ranks import refuse_crowd, world_size
 from shoal.recipe.distill import Recorded
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import HiddenStates

@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal import runtime
+from shoal.atomic_files import free_disk
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text
-from shoal.machine import available_memory, device_memory, device_name, flops_per_second, free_disk, now, ranks_to_start
+from shoal.machine import available_memory, device_memory, device_name, flops_per_second, now, ranks_to_start
 from shoal.progress import doing, loading
 from shoal.ranks import is_main, world_size
 

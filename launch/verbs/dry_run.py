@@ -13,10 +13,10 @@ from pathlib import Path
 from shoal.artifacts.evaluation import CONTROL
 from shoal.artifacts.plan import Plan
 from shoal.formatting import aligned, bytes_text, duration_text, paragraphs
-from shoal.machine import disk_line, ranks_to_start, refuse_crowd
+from shoal.machine import disk_line
 from shoal.progress import doing
 
-from .distill import check_training_settings, images_of, what_is_trained
+from .distill import check_distill, what_is_trained
 from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
 from .measure import check_measure, importance_of
 from .pace import eval_seconds, eval_work, measure_seconds, training_specs
@@ -30,8 +30,7 @@ from .prune import (
     sacrifice,
     what_is_cut,
 )
-from .report import require_results
-from .run import Run, check_length
+from .run import Run
 
 NOTHING_WRITTEN = "dry run: nothing is written and nothing is trained"
 
@@ -112,23 +111,16 @@ def _pruning(run: Run) -> list[Stage]:
 
 
 def _training(run: Run) -> list[Stage]:
-    refuse_crowd(ranks_to_start(run.recipe.num_processes))
-    _check_training(run)
-    images_of(run)
+    check_distill(run)
     has_plan = (run.dir / Plan.FILE).is_file()
     plan = read_plan(run) if has_plan else expected_plan(run)
     stage = training_estimate(run, plan)
     return [replace(stage, told=f"cut:     {plan.reason}\n{stage.told}")]
 
 
-def _check_training(run: Run) -> None:
-    check_training_settings(run.recipe)
-    check_length(run, run.recipe.distill.sequence_length, "distill.sequence_length")
-
-
 def _record(run: Run) -> list[Stage]:
     settings = run.recipe.distill
-    _check_training(run)
+    check_distill(run)
     return [Stage("record", "to do", f"{settings.num_tokens:,} tokens in rows of {settings.sequence_length:,}")]
 
 
@@ -138,7 +130,6 @@ def _scores(run: Run) -> list[Stage]:
 
 
 def _report(run: Run) -> list[Stage]:
-    require_results(run)
     settings = run.recipe.export
     gguf = "one GGUF file" if settings.gguf else ""
     pushed = f"a push to {settings.hub_repo}" if settings.hub_repo else ""

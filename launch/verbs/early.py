@@ -1,61 +1,103 @@
-"""What is refused before torch and transformers are loaded, which takes seconds."""
+"""What is looked at before torch and transformers are loaded, which takes seconds: one list for all commands."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from shoal.artifacts.evaluation import CONTROL, ROLES, Scores, Speed
+from shoal.artifacts.identity import Identity
+from shoal.artifacts.importance import Importance
+from shoal.artifacts.plan import Plan
+from shoal.artifacts.training import Training
+from shoal.atomic_files import free_disk, make_folder, read_json
 from shoal.components import require_layers
-from shoal.compress.free_layers import refuse_impossible_layers
+from shoal.compress.free_layers import count_of, goal_of_parameters, goals_asked, refuse_impossible_layers
 from shoal.errors import UserError
-from shoal.eval.tasks.names import refuse_unknown
+from shoal.eval.report.run import read_run
+from shoal.eval.tasks.names import local_data, refuse_other_limits, refuse_unknown, tasks_named
+from shoal.formatting import bytes_text
 from shoal.inference.vllm import check_vllm
 from shoal.model_names import name_of_model, refuse_no_model, refuse_revision
+from shoal.ranks import refuse_crowd
 from shoal.recipe.distill import Live, Recorded
 from shoal.recipe.losses import HiddenStates
-from shoal.recipe.measure import METRICS, no_metric
-from shoal.recipe.prune import CutThese
+from shoal.recipe.measure import METRICS, no_metric, not_measured
+from shoal.recipe.prune import NO_CORNERSTONE, CutThese
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import AUTO, DataSource
 from shoal.recipe.trainer_arguments import read_deepspeed
+from shoal.tracking.wandb_run import wandb_mode
 
+MEASURE, SCORE, TRAIN = ("measure", "run"), ("eval", "run"), ("record", "distill", "run")
 CUT = ("prune", "distill", "run")
-"""Verbs that cut the model where there is no student yet."""
+"""Commands that drop layers if there is no student yet."""
+LOAD = ("measure", "prune", *TRAIN, "eval", "lab")
+FILES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
+    Importance.FILE: (Importance, ("measure", "prune", "run")),
+    Plan.FILE: (Plan, (*CUT, "eval")),
+    Training.FILE: (Training, ("run",)),
+    f"{CONTROL}/{Training.FILE}": (Training, ("run",)),
+    **{f"eval/{role}.json": (Scores, SCORE) for role in ROLES},
+    Speed.FILE: (Speed, SCORE),
+}
+"""File of a run directory -> what it is, and the commands that read it."""
 
 
-def refuse_early(verb: str, recipe: Recipe) -> None:
-    """Refuse what ``verb`` would find missing or impossible later on.
+@dataclass(frozen=True)
+class Asked:
+    """A command, and what the model's files say."""
+
+    verb: str
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.run_dir).expanduser()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        from shoal.models.download import config_of  # loads the Hub's library
+
+        return config_of(self.recipe.model, self.recipe.revision)
+
+    def number(self, key: str) -> int | None:
+        """The number above 0 that config.json gives for ``key``; None if it gives none, or something else."""
+        value = self.config.get(key)
+        return value if type(value) is int and value > 0 else None
+
+    @cached_property
+    def shards(self) -> list[Any]:
+        """Headers of the weight files of a local model."""
+        from shoal.models.checkpoint_files import read_shards
+
+        folder = Path(self.recipe.model).expanduser()
+        return read_shards(folder) if folder.is_dir() and self.config else []
+
+    @property
+    def measures(self) -> bool:
+        """Whether text of `measure` is read."""
+        prune = self.recipe.prune
+        return self.verb in MEASURE or (self.verb in CUT and (not isinstance(prune, CutThese) or bool(prune.changes)))
+
+
+def refuse_early(verb: str, recipe: Recipe, *, writes: bool = True) -> None:
+    """Refuse what ``verb`` would find missing or impossible later on. ``writes``: False for a dry run.
 
     Raises:
-        UserError: no such run directory, model, task, metric, data or DeepSpeed file, layers that the model does not
-            have, or a package that a format or an engine needs.
+        UserError: as the functions of LOOKS.
     """
-    if verb == "report" and not Path(recipe.run_dir).expanduser().is_dir():
-        raise UserError(f"{recipe.run_dir}: no such run directory; run a stage of the recipe first")
-    if verb == "push":
-        require_distilled(recipe)
-    if verb != "report":
-        refuse_no_model(recipe.model)
-        refuse_revision(recipe.model, recipe.revision)
-    _refuse_names(verb, recipe)
-    if verb in ("report", "push") or "LOCAL_RANK" in os.environ:  # a rank's launcher has looked
-        return
-    if sources := _sources(verb, recipe):
-        from shoal.data.sources import local_files
-
-        for source in sources:
-            if source.path != AUTO:  # a folder of this name is none of its text
-                local_files(source)
-    from shoal.models.download import num_layers_said  # loads the Hub's library
-
-    num_layers = num_layers_said(recipe.model, recipe.revision)
-    if verb in CUT and num_layers is not None:
-        refuse_impossible_layers(recipe.prune, num_layers)
-    if verb in ("distill", "run") and num_layers is not None:
-        terms = (term for term in recipe.distill.terms if isinstance(term, HiddenStates))
-        wrong = [layer for term in terms for layer in term.layers or () if not 0 <= layer < num_layers]
-        require_layers(wrong, num_layers, "distill.losses: hidden_states: layers")
+    asked, is_rank = Asked(verb, recipe), "LOCAL_RANK" in os.environ
+    for look in LOOKS:
+        if verb in look.verbs and (writes or not look.if_written) and not (is_rank and look.once):
+            look.at(asked)
 
 
 def require_distilled(recipe: Recipe) -> None:
@@ -67,51 +109,190 @@ def require_distilled(recipe: Recipe) -> None:
         raise UserError(f"{run_dir / 'distilled'}: nothing to export yet; run `shoal distill` first")
 
 
-def _refuse_names(verb: str, recipe: Recipe) -> None:
-    sweep, distill, run_dir = recipe.measure.sweep, recipe.distill, Path(recipe.run_dir).expanduser()
-    if verb in ("measure", "run") and sweep is not None:
-        refuse_unknown(sweep.tasks, recipe.eval.include_path, setting="measure.sweep.tasks")
-    if verb in CUT and sweep is None and not (run_dir / "importance.json").exists():
-        _refuse_unmeasured(recipe)
-    if verb in ("record", "distill", "run"):
-        read_deepspeed(distill.deepspeed)
-        if distill.lora is not None:
-            distill.lora.require_packages()
-        if distill.watch is not None:
-            refuse_unknown(distill.watch.tasks, recipe.eval.include_path, setting="distill.watch.tasks")
-        by_vllm = (n for n, source in enumerate(distill.data) if source.generate and source.generate.backend == "vllm")
-        if (number := next(by_vllm, None)) is not None and not any((run_dir / "text").glob("written-*")):
-            check_vllm(f"distill.data.{number}.generate.backend")  # what is written is read without it
-        teacher = distill.teacher
-        if verb == "record" and isinstance(teacher, Live):
-            raise UserError("distill.teacher: is live, and nothing is recorded of it; add distill.teacher=recorded")
-        by_vllm = teacher if isinstance(teacher, Recorded) and teacher.backend == "vllm" else None
-        if by_vllm and not (by_vllm.folder(recipe.run_dir) / "recording.json").is_file():  # else it may be needless
-            check_vllm("distill.teacher.backend")
-    if verb in ("eval", "run"):
-        refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)
-        if recipe.eval.backend == "vllm":
-            check_vllm("eval.backend")
+def _model_name(asked: Asked) -> None:
+    refuse_no_model(asked.recipe.model)
+    refuse_revision(asked.recipe.model, asked.recipe.revision)
 
 
-def _refuse_unmeasured(recipe: Recipe) -> None:
-    """Refuse to choose by a metric that there is not, or that will not be measured."""
-    chosen = set() if isinstance(recipe.prune, CutThese) else recipe.prune.chosen_by
-    for name in sorted(chosen - {*recipe.measure.metrics}):
-        if name not in METRICS:
-            raise no_metric(name, f"prune.metric={name}")
-        raise UserError(f"prune.metric={name}: is not measured; name it in measure.metrics")
+def _columns(asked: Asked) -> None:
+    """Refuse tasks that are unknown, and to choose by a metric or task that there is not, or that is not measured."""
+    prune, settings = asked.recipe.prune, asked.recipe.measure
+    if settings.sweep is not None and asked.verb in MEASURE:
+        refuse_unknown(settings.sweep.tasks, asked.recipe.eval.include_path, setting="measure.sweep.tasks")
+    measured = settings.sweep is not None or (asked.folder / Importance.FILE).exists()
+    if asked.verb in CUT and not isinstance(prune, CutThese) and not measured:
+        for name in sorted(prune.chosen_by - {*settings.metrics}):
+            if name not in METRICS:
+                raise no_metric(name, f"prune.metric={name}")
+            raise UserError(f"prune.metric={name}: is not measured; name it in measure.metrics")
+        for name in prune.spare:
+            raise not_measured(f"prune.spare: {name}", "it has none.", "measure.sweep.tasks")
+        if "cornerstone" in prune.protect:
+            raise UserError(NO_CORNERSTONE)
 
 
-def _sources(verb: str, recipe: Recipe) -> tuple[DataSource, ...]:
-    """The data that ``verb`` reads."""
-    prune = recipe.prune
-    measured = verb in ("measure", "run") or (verb in CUT and (not isinstance(prune, CutThese) or prune.changes))
-    return (
-        *(recipe.measure.data if measured else ()),
-        *(recipe.distill.data if verb in ("record", "distill", "run") else ()),
-        *(recipe.eval.perplexity_data if verb in ("eval", "run") and recipe.eval.perplexity_tokens else ()),
-    )
+def _training(asked: Asked) -> None:
+    recipe, distill = asked.recipe, asked.recipe.distill
+    read_deepspeed(distill.deepspeed)
+    if distill.lora is not None:
+        distill.lora.require_packages()
+    if distill.watch is not None:
+        refuse_unknown(distill.watch.tasks, recipe.eval.include_path, setting="distill.watch.tasks")
+    by_vllm = (n for n, source in enumerate(distill.data) if source.generate and source.generate.backend == "vllm")
+    if (number := next(by_vllm, None)) is not None and not any((asked.folder / "text").glob("written-*")):
+        check_vllm(f"distill.data.{number}.generate.backend")  # what is written is read without it
+    teacher = distill.teacher
+    if asked.verb == "record" and isinstance(teacher, Live):
+        raise UserError("distill.teacher: is live, and nothing is recorded of it; add distill.teacher=recorded")
+    by_vllm = teacher if isinstance(teacher, Recorded) and teacher.backend == "vllm" else None
+    if by_vllm and not (by_vllm.folder(recipe.run_dir) / "recording.json").is_file():  # else it may be needless
+        check_vllm("distill.teacher.backend")
+
+
+def _scoring(asked: Asked) -> None:
+    settings = asked.recipe.eval
+    local_data(settings.data_dir)
+    refuse_unknown(settings.tasks, settings.include_path)
+    if settings.backend == "vllm":
+        check_vllm("eval.backend")
+    if (tasks := tasks_named(settings.tasks, settings.include_path)) is not None:
+        refuse_other_limits(settings.limit, tasks)
+
+
+def _crowd(asked: Asked) -> None:
+    if asked.recipe.num_processes is not None and asked.recipe.eval.backend != "vllm":
+        refuse_crowd(asked.recipe.num_processes)
+
+
+def _files(asked: Asked) -> None:
+    """Refuse files that are not what their names say."""
+    read_json(asked.folder / "run.json")
+    for name, (kind, verbs) in FILES.items():
+        if asked.verb in verbs:
+            Identity(kind, asked.folder / name, {}, asked.verb).changed()
+
+
+def _data(asked: Asked) -> None:
+    """Refuse local data whose first document cannot be used."""
+    from shoal.data.sources import documents, load_texts, local_files, nothing_in
+
+    for source in _sources(asked):
+        if source.path == AUTO or not local_files(source):  # a folder of this name is none of its text
+            continue
+        if source not in asked.recipe.distill.data:
+            load_texts(source, max_characters=1)
+        elif not source.has_images and not any(each is not None for each in documents(source)):
+            raise nothing_in(source)
+
+
+def _sources(asked: Asked) -> Iterator[DataSource]:
+    """The data that the command reads."""
+    recipe = asked.recipe
+    if asked.measures:
+        yield from recipe.measure.data
+    if asked.verb in TRAIN:
+        yield from recipe.distill.data
+    if asked.verb in SCORE and recipe.eval.perplexity_tokens:
+        yield from recipe.eval.perplexity_data
+
+
+def _model(asked: Asked) -> None:
+    """Refuse files that are no checkpoint, and layers and lengths that the model does not have."""
+    num_layers, prune, distill = asked.number("num_hidden_layers"), asked.recipe.prune, asked.recipe.distill
+    target = None if isinstance(prune, CutThese) else prune.target
+    lengths = {"measure.sequence_length": asked.recipe.measure.sequence_length} if asked.measures else {}
+    if asked.verb in CUT and num_layers is not None:
+        goals = None
+        if target is not None and target.params is not None and not (target.memory_gb or target.speedup):
+            sizes = _by_layer(asked, num_layers, lambda tensor: math.prod(tensor.shape))
+            goals = sizes and goals_asked([goal_of_parameters(target.params, sum(sizes), sizes[1:])])
+        refuse_impossible_layers(prune, num_layers, goals or None)
+    if asked.verb in CUT and target is not None and target.sequence_length is not None:
+        lengths["prune.target.sequence_length"] = target.sequence_length
+    if asked.verb in TRAIN:
+        lengths["distill.sequence_length"] = distill.sequence_length
+        written = [(source.path, source.generate) for source in distill.data if source.generate is not None]
+        setting = "data {!r}: generate.prompt_tokens and max_new_tokens together"
+        lengths |= {setting.format(path): how.prompt_tokens + how.max_new_tokens for path, how in written}
+        terms = (term for term in distill.terms if num_layers and isinstance(term, HiddenStates))
+        wrong = [layer for term in terms for layer in term.layers or () if not 0 <= layer < (num_layers or 0)]
+        require_layers(wrong, num_layers or -1, "distill.losses: hidden_states: layers")
+    from shoal.models.checkpoint_files import refuse_long_rows
+
+    for setting, length in lengths.items():
+        refuse_long_rows(asked.number("max_position_embeddings"), length, setting)
+
+
+def _by_layer(asked: Asked, num_layers: int, amount: Callable[[Any], int]) -> list[int]:
+    """Sums of ``amount`` over the stored tensors outside the layers, then over those of each layer; empty if names and
+    shapes do not tell, or not for certain."""
+    from shoal.models.checkpoint_files import by_layer
+
+    names = [name for shard in asked.shards for name in shard.tensors]
+    is_odd = "quantization_config" in asked.config or not all(name.endswith((".weight", ".bias")) for name in names)
+    is_tied = "lm_head.weight" in names and asked.config.get("tie_word_embeddings") is not False
+    return [] if is_odd or is_tied else by_layer(asked.shards, num_layers, amount)
+
+
+def _place(asked: Asked) -> None:
+    """Refuse a run directory that cannot be made or written to, or has less room than the weights that will be written
+    take, as far as the teacher's files tell."""
+    folder, prune, num_layers = asked.folder, asked.recipe.prune, asked.number("num_hidden_layers")
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    make_folder(folder)
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise UserError(f"{folder}: cannot be written (Permission denied); set run_dir to a folder you may write to")
+    with contextlib.suppress(OSError):  # another process may be writing into it by now
+        for made in new:
+            made.rmdir()
+    written = {"student": CUT, "distilled": ("distill", "run")}
+    due = [name for name, verbs in written.items() if asked.verb in verbs and not (folder / name).is_dir()]
+    if not due or num_layers is None or prune.changes or getattr(prune, "target", None) is not None:
+        return
+    count = len({*prune.drop}) if isinstance(prune, CutThese) else count_of(prune, num_layers)
+    outside, *layers = _by_layer(asked, num_layers, lambda tensor: tensor.end - tensor.start) or [0]
+    needed, free = len(due) * (outside + sum(sorted(layers)[: num_layers - count])), free_disk(folder)
+    if needed > free:
+        raise UserError(
+            f"run_dir {folder}: at least {bytes_text(needed)} are to be written there and {bytes_text(free)} are free; "
+            "free some space, or set run_dir to another disk"
+        )
+
+
+def _room(asked: Asked) -> None:
+    from shoal.data.packing import require_room  # loads torch, and this is the last look
+
+    require_room(asked.recipe.measure.num_tokens, "measure.num_tokens")
+
+
+class Look(NamedTuple):
+    """One thing that is looked at."""
+
+    at: Callable[[Asked], Any]
+    verbs: tuple[str, ...]
+    """Commands that need it."""
+    once: bool = True
+    """Not again in ranks, whose launcher has looked."""
+    if_written: bool = False
+    """Not in a dry run."""
+
+
+LOOKS = (
+    Look(lambda asked: read_run(asked.folder), ("report",)),
+    Look(lambda asked: require_distilled(asked.recipe), ("push",), once=False),
+    Look(_model_name, (*LOAD, "push"), once=False),
+    Look(_columns, (*MEASURE, *CUT), once=False),
+    Look(_training, TRAIN, once=False),
+    Look(_scoring, SCORE, once=False),
+    Look(_crowd, ("measure", "distill", "eval", "run")),
+    Look(_data, LOAD),
+    Look(_model, LOAD),
+    Look(_files, LOAD),
+    Look(_place, (*LOAD, "report"), if_written=True),
+    Look(lambda asked: wandb_mode(asked.recipe.track), (*LOAD, "report", "push"), if_written=True),
+    Look(_room, MEASURE),
+)
+"""In this order."""
 
 
 def init_file(asked: argparse.Namespace) -> Path:
@@ -129,7 +310,7 @@ def init_file(asked: argparse.Namespace) -> Path:
         raise UserError(f"{file}: is there already; name another file with --out, or remove it")
     if not file.parent.is_dir():
         raise UserError(f"{file.parent}: no such folder; make it, or name another file with --out")
-    from shoal.models.download import num_layers_said
+    from shoal.models.download import config_of
 
-    num_layers_said(asked.model, asked.revision, with_weights=False)  # refuses what is no model
+    config_of(asked.model, asked.revision, with_weights=False)  # refuses what is no model
     return file

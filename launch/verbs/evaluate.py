@@ -17,7 +17,6 @@ from shoal.artifacts.identity import Identity
 from shoal.atomic_files import fingerprint
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
-from shoal.formatting import listed
 from shoal.inference.vllm import check_vllm
 from shoal.model_names import name_of_model, names_model
 from shoal.models.checkpoint_files import WRITING, model_fingerprint, writing_settings
@@ -101,27 +100,15 @@ def evaluate(run: Run) -> None:
     barrier()
 
 
-def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool = False) -> list[Path]:
+def scored_beside_runs(names: Sequence[str], out: Path) -> list[Path]:
     """Folders to compare: run directories as they are, and of every checkpoint among ``names``, which is no run's, one
     in ``out`` with its scores: of the tasks and settings that the first run was scored with, and its speed in turns
     with that run's teacher. What is there is kept.
 
     Raises:
-        UserError: no run among them, runs that cannot be compared, one whose recipe is not known, no such model,
-            or one that cannot be scored so.
+        UserError: a run whose recipe is not known, no such model, or one that cannot be scored so.
     """
-    from shoal.eval.compare.comparable import find_common, read_contenders, read_scored
-
-    runs = [Path(name) for name in names if not names_model(name)]
-    if not runs:
-        raise UserError(
-            f"compare: {listed(names)}: no run directory among them, with whose settings a checkpoint could be scored; "
-            "run `shoal eval` with a recipe of one of them, and name its run_dir"
-        )
-    read_scored(runs[0])
-    if len(runs) > 1:
-        find_common(read_contenders(runs), across_teachers=across_teachers)
-    recipe = load_recipe(runs[0])
+    recipe = load_recipe(next(name for name in names if not names_model(name)))
     with seeing(recipe.device):
         run = open_run(recipe)
         beside = {name: _beside(run, name, out) for name in filter(names_model, names)}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from shoal.errors import EXIT_USER_ERROR, UserError
 from shoal.progress import SPEAKER, doing
-from shoal.ranks import free_port, loudness, prints_events
+from shoal.ranks import free_port, loudness, prints_events, refuse_crowd
 from shoal.stopping import STOPS, run_launcher
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ def ranks_of(verb: str, recipe: Recipe) -> int:
 
 def start_ranks(verb: str, ranks: int, words: Sequence[str]) -> None:
     """Run the command of ``words`` in so many ``ranks`` under the DeepSpeed launcher; raises as launch_ranks does."""
-    from shoal.machine import refuse_crowd
     from shoal.runtime import free_memory
 
     refuse_crowd(ranks)

@@ -30,7 +30,7 @@ from .overlap import search_of_rows
 from .run import Run, check_length
 
 if TYPE_CHECKING:
-    from shoal.compress.layer_sizes import Goals
+    from shoal.compress.free_layers import Goals
     from shoal.compress.metrics.metric import Calibration
     from shoal.compress.plan import Choice
 

@@ -25,13 +25,6 @@ from .run import Run, write_story
 log = logging.getLogger(__name__)
 
 
-def require_results(run: Run) -> None:
-    """Refuse to report what is not there, before the lock and run.json would make a run directory of it."""
-    from shoal.eval.report.run import read_run
-
-    read_run(run.dir)
-
-
 def report(run: Run) -> None:
     """report.html and report.md, then what the recipe exports: a GGUF file, a push to the Hub."""
     from shoal.eval.report.report import write_report

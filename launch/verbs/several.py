@@ -18,8 +18,10 @@ from yaml import YAMLError
 
 from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
+from shoal.eval.compare.comparable import find_common, read_contenders, read_scored
 from shoal.eval.compare.compare import compare_runs
 from shoal.eval.compare.page import as_data, comparison_text, write_comparison
+from shoal.formatting import listed
 from shoal.model_names import names_model
 from shoal.progress import loading
 from shoal.recipe.recipe import load_recipe
@@ -38,10 +40,19 @@ def compare(asked: argparse.Namespace) -> Any:
     if asked.out == "":
         raise UserError("--out: is empty; name a folder, or leave it out")
     out, folders = Path(asked.out).expanduser(), [Path(run) for run in asked.words]
-    if any(map(names_model, asked.words)):
+    runs = [Path(name) for name in asked.words if not names_model(name)]
+    if not runs:
+        raise UserError(
+            f"compare: {listed(asked.words)}: no run directory among them, with whose settings a checkpoint could be "
+            "scored; run `shoal eval` with a recipe of one of them, and name its run_dir"
+        )
+    if len(runs) < len(folders):
+        read_scored(runs[0])
+        if len(runs) > 1:
+            find_common(read_contenders(runs), across_teachers=asked.across_teachers)
         with loading():
             from .evaluate import scored_beside_runs
-        folders = scored_beside_runs(asked.words, out, across_teachers=asked.across_teachers)
+        folders = scored_beside_runs(asked.words, out)
     comparison = compare_runs(folders, across_teachers=asked.across_teachers)
     write_comparison(comparison, out)
     return as_data(comparison) if asked.as_json else comparison_text(comparison)
@@ -53,7 +64,7 @@ def each(asked: argparse.Namespace, run_one: Callable[[Sequence[str]], int]) -> 
     run_dir = Path(load_recipe(asked.config, asked.words).run_dir).expanduser()
     runs = combinations(run_dir, asked.each)
     for more in runs.values():  # the last of them is refused before the first one has taken hours
-        refuse_early("run", load_recipe(asked.config, [*asked.words, *more]))
+        refuse_early("run", load_recipe(asked.config, [*asked.words, *more]), writes=not asked.dry_run)
     if code := run_each(runs, lambda more: run_one([*asked.words, *more])):
         sys.exit(code)
     if asked.dry_run:

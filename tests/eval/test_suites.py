@@ -19,7 +19,6 @@ from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.load import tasks_of
 from shoal.eval.tasks.names import (
     HUB_TASKS_DIR,
-    NAMES,
     TASKS_DIR,
     _collection,
     described_tasks,
@@ -48,7 +47,7 @@ def test_there_is_a_file_for_every_name_and_it_asks_only_tasks_that_exist() -> N
         assert len(set(suite.tasks)) == len(suite.tasks)
         assert not isinstance(suite.limit, dict) or suite.limit.keys() <= {DEFAULT, *suite.tasks}
     # what lm-eval calls so could no longer be named
-    assert not {name for text in _collection() for name in NAMES.findall(text)} & set(SUITES)
+    assert not _collection() & set(SUITES)
 
 
 def test_a_suite_is_spelled_out_and_what_the_recipe_says_wins() -> None:

@@ -7,9 +7,11 @@ import ctypes
 import io
 import json
 import os
+import resource
 import shlex
 import shutil
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +37,7 @@ FORBIDDEN = (
     "shoal.launch.verbs.launch.run_launcher",
 )
 """What loads weights and starts ranks."""
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, PR_CAPBSET_DROP = 1, 2, 24
 
 
 def cut(size: int) -> Callable[[Path], object]:
@@ -143,6 +145,31 @@ def outcome(case: Mapping[str, Any], folder: Path) -> tuple[int, str, float]:
         begun = time.process_time()
         code = _python(case["python"]) if "python" in case else _command(case["shoal"], folder)
         return code, said.getvalue(), time.process_time() - begun
+
+
+def fresh(case: Mapping[str, Any], folder: Path) -> tuple[int, str, float]:
+    """The same of a command in a process that has loaded nothing; its children's seconds are counted, too."""
+
+    def limited() -> None:
+        for right in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, right)
+
+    words = shlex.split(case["shoal"]) if isinstance(case["shoal"], str) else case["shoal"]
+    argv = [os.fsencode(word.replace("HERE", str(folder))) for word in words]
+    environment = os.environ | {name: value.replace("HERE", str(folder)) for name, value in case.get("env", {}).items()}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal.launch.cli", *argv],
+        cwd=folder,
+        env=environment,
+        preexec_fn=limited,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.returncode, done.stdout.decode(errors="replace"), seconds
 
 
 def _stdout(kind: str | None, said: io.StringIO) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hostile import apart, make, outcome, read_cases
+from hostile import apart, fresh, make, outcome, read_cases
 from ranks import call_apart
 from training_runs import finished, run, write_recipe
 
@@ -25,6 +25,7 @@ MOST_LINES = 12
 MOST_SECONDS = 3.0
 """Of processor time."""
 CASES = read_cases(Path(__file__).with_name("hostile.yaml"))
+COMMANDS = {name: case for name, case in CASES.items() if "shoal" in case and "stdout" not in case}
 
 
 @pytest.fixture(autouse=True)
@@ -54,19 +55,42 @@ def whole(once: Callable[..., Path], teacher: Path) -> Callable[[], Path]:
     "name", [pytest.param(name, marks=() if case.get("quick") else pytest.mark.prove) for name, case in CASES.items()]
 )
 def test_what_is_wrong_is_said(name: str, teacher: Path, tmp_path: Path, whole: Callable[[], Path]) -> None:
-    case: dict[str, Any] = CASES[name]
-    head = "model: model\nrun_dir: run\ntrack: {wandb: off}\n"
-    if case.get("with") == "run":
-        shutil.copytree(whole() / "run", tmp_path / "run")
-        head = (whole() / "recipe.yaml").read_text()
-    shutil.copytree(teacher, tmp_path / "model")
-    make(tmp_path, {"recipe.yaml": head + case.get("recipe", ""), **case["files"]})
+    case = arranged(name, teacher, tmp_path, whole)
     before = sorted(tmp_path.rglob("student/*"))
     if case.get("apart"):
-        code, said, seconds = json.loads(call_apart(apart, case, tmp_path).stderr.splitlines()[-1])
+        found = json.loads(call_apart(apart, case, tmp_path).stderr.splitlines()[-1])
     else:
-        code, said, seconds = outcome(case, tmp_path)
-    said = said.replace(str(tmp_path), "HERE")
+        found = outcome(case, tmp_path)
+    require(case, tmp_path, *found)
+    assert not (tmp_path / "PWNED").exists()
+    assert sorted(tmp_path.rglob("student/*")) == before
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if COMMANDS[name].get("early") else pytest.mark.prove) for name in COMMANDS]
+)
+def test_a_process_that_has_loaded_nothing_says_it_soon(
+    name: str, teacher: Path, tmp_path: Path, whole: Callable[[], Path]
+) -> None:
+    case = arranged(name, teacher, tmp_path, whole)
+    require(case, tmp_path, *fresh(case, tmp_path))
+
+
+def arranged(name: str, teacher: Path, folder: Path, whole: Callable[[], Path]) -> dict[str, Any]:
+    """The row ``name``, whose files are in ``folder`` now."""
+    case, head = CASES[name], "model: model\nrun_dir: run\ntrack: {wandb: off}\n"
+    if case.get("with") == "run":
+        shutil.copytree(whole() / "run", folder / "run")
+        head = (whole() / "recipe.yaml").read_text()
+    shutil.copytree(teacher, folder / "model")
+    make(folder, {"recipe.yaml": head + case.get("recipe", ""), **case["files"]})
+    return case
+
+
+def require(case: dict[str, Any], folder: Path, code: int, said: str, seconds: float) -> None:
+    """What a row asks of the end of a process that has said this and taken so many ``seconds`` of processor time."""
+    said = said.replace(str(folder), "HERE")
     expected = case.get("code", 2)
     errors = re.split(r"(?m)^shoal(?: \w+)?: error: ", said)
     assert code == expected, said
@@ -75,8 +99,6 @@ def test_what_is_wrong_is_said(name: str, teacher: Path, tmp_path: Path, whole: 
     assert "Traceback" not in said
     assert expected != 2 or len(said.splitlines()) <= MOST_LINES
     assert seconds <= case.get("seconds", MOST_SECONDS)
-    assert not (tmp_path / "PWNED").exists()
-    assert sorted(tmp_path.rglob("student/*")) == before
 
 
 def test_the_table_is_long_enough() -> None:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from shoal.atomic_files import free_disk
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
-from shoal.machine import available_memory, device_memory, free_disk
+from shoal.machine import available_memory, device_memory
 from shoal.recipe.distill import Recorded
 
 from ..engine.arguments import most_checkpoints

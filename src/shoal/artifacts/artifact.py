@@ -20,13 +20,18 @@ from pydantic import ConfigDict, ValidationError
 from shoal.atomic_files import fingerprint, write_text
 from shoal.errors import UserError
 from shoal.recipe.section import adapter
-from shoal.runtime import environment
 
 Json = Any
 ABSENT = "absent"
 COLUMNS = 9
 """Columns of a table in a console; the first are the ones that tell most."""
 NUMBER = "{:.4g}".format
+
+
+def _environment() -> dict[str, Json]:
+    from shoal.runtime import environment  # takes seconds, and what is read has its own
+
+    return environment()
 
 
 def given_path(path: object, source: str) -> Path:
@@ -42,7 +47,7 @@ class Provenance:
 
     inputs: dict[str, Json]
     """Fingerprints and settings by name: `model`, `data`, `prune.drop`, ..."""
-    environment: dict[str, Json] = field(default_factory=environment)
+    environment: dict[str, Json] = field(default_factory=_environment)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     model: str = ""
     """The recipe's `model`, or what one in memory was loaded as; empty where nobody has said."""
@@ -79,8 +84,15 @@ class Artifact:
         return adapter(type(self)).dump_python(self, mode="json")
 
     def save(self, path: str | Path) -> None:
-        """Write the file at ``path``, or under its own name in a folder of that path, whole or not at all."""
-        body = self.body()
+        """Write the file at ``path``, or under its own name in a folder of that path, whole or not at all.
+
+        Raises:
+            UserError: the file holds something else than a result of this kind.
+        """
+        path, body = self._file(path), self.body()
+        if path.is_file() and not (held := _schema_of(path)).startswith(self.schema().rpartition("/")[0] + "/"):
+            held = held or "something else than a result"
+            raise UserError(f"{path}: holds {held}, not {self.schema()}; give another path, or delete the file")
         origin = body.pop("provenance")
         internal = {"inputs": origin["inputs"], "environment": origin["environment"]}
         internal |= {name: body.pop(name) for name in self.INTERNAL}
@@ -91,7 +103,7 @@ class Artifact:
             "fingerprint": self.provenance.fingerprint,
         }
         body = {"schema": self.schema(), "made": made, **body, "internal": internal}
-        write_text(self._file(path), json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(path, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -150,6 +162,14 @@ class Artifact:
 
 class _Newer(ValueError):
     """A file of a later number."""
+
+
+def _schema_of(path: Path) -> str:
+    """What the file at ``path`` says it is; empty if it is no result."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["schema"])
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return ""
 
 
 def refuse_schema(body: Any, expected: str) -> None:

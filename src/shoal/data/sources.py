@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -175,7 +176,9 @@ def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not readable"
         reason = str(error).strip().split("\n")[0][:200]
         is_here = Path(source.path).expanduser().exists()
-        remedy = "mend the file, or leave it out" if is_here else _known_sources(source.path)
+        remedy = "correct the file, or leave it out" if is_here else _known_sources(source.path)
+        if isinstance(error, PermissionError):
+            remedy = "change who may read it, or leave it out"
         raise UserError(f"data {source.path!r}: cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
 
 
@@ -229,9 +232,13 @@ def _file_rows(file: Path) -> Iterable[dict[str, Any]]:
         return [{"text": file.read_text(encoding="utf-8")}]
     if reader == "json":
         _refuse_deep(file)
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
-    return load_dataset(reader, data_files=str(file), split="train", streaming=True)
+    had, config.TORCH_AVAILABLE = config.TORCH_AVAILABLE, "torch" in sys.modules  # which it would load for its workers
+    try:
+        return load_dataset(reader, data_files=str(file), split="train", streaming=True)
+    finally:
+        config.TORCH_AVAILABLE = had
 
 
 def _refuse_deep(file: Path, most: int = 500) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
+from shoal.models.checkpoint_files import refuse_long_rows
 from shoal.models.families import family
 
 LAYER_LISTS = ("layers", "h", "blocks", "block")
@@ -119,9 +120,7 @@ def text_config(config: Any) -> Any:
 
 def require_positions(config: Any, sequence_length: int, setting: str, *, remedy: str = "lower it") -> None:
     """Refuse rows longer than the positions that a model has."""
-    longest = getattr(text_config(config), "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise UserError(f"{setting}: {sequence_length} is more than the {longest} positions of the model; {remedy}")
+    refuse_long_rows(getattr(text_config(config), "max_position_embeddings", None), sequence_length, setting, remedy)
 
 
 def deepstack_layers(config: Any) -> tuple[int, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from shoal.atomic_files import read_json
 from shoal.errors import UserError
 
 DOWNLOAD_AGAIN = "make or download the checkpoint again"
+MOST = {"num_hidden_layers": 100_000, "hidden_size": 2**24, "vocab_size": 2**30, "num_attention_heads": 2**24}
+"""Numbers of a config.json that have to be above 0 -> no model has more."""
+NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
+"""Ends of the names of architectures that read text and write none."""
+NOT_CAUSAL = "is no causal language model of transformers, which writes text from left to right; give one that is"
+WRONG_SHAPES = f"the weights do not have the shapes that config.json says; {DOWNLOAD_AGAIN}"
 SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 OTHER_VOCABULARIES = ("*.model", "*.tiktoken", "vocab.txt")
@@ -147,16 +154,50 @@ def check_checkpoint(folder: Path) -> None:
     A safetensors file says in its header how long it must be, so that a torn file shows without reading its data.
     """
     check_config(folder)
-    read_shards(folder)
+    shapes = [(name, tensor.shape) for shard in read_shards(folder) for name, tensor in shard.tensors.items()]
+    widths = {shape[-1] for name, shape in shapes if len(shape) == 1 or (shape and ("emb" in name or "wte" in name))}
+    if widths and text_part(json_or_empty(folder / "config.json")).get("hidden_size") not in {*widths, None}:
+        raise UserError(f"{folder}: {WRONG_SHAPES}")
+
+
+def by_layer(shards: Iterable[Shard], num_layers: int, amount: Callable[[StoredTensor], int]) -> list[int]:
+    """Sums of ``amount`` over the tensors outside the layers, then over those of each layer; empty if their names do
+    not tell, as with two stacks of layers."""
+    sums, stacks = [0] * (1 + num_layers), set[str]()
+    for name, tensor in (item for shard in shards for item in shard.tensors.items()):
+        stack, layer = found.groups() if (found := re.match(r"(.*?)\.(\d+)\.", name)) else ("", -1)
+        if int(layer) >= num_layers:
+            return []
+        sums[1 + int(layer)] += amount(tensor)
+        stacks.add(stack)
+    return sums if len(stacks - {""}) == 1 and all(sums) else []
+
+
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a checkpoint's config.json that describes its text decoder."""
+    part = config.get("text_config", config)
+    return part if isinstance(part, dict) else {}
+
+
+def refuse_long_rows(positions: int | None, sequence_length: int, setting: str, remedy: str = "lower it") -> None:
+    """Refuse rows longer than the ``positions`` that a model has; None = any number."""
+    if positions is not None and sequence_length > positions:
+        raise UserError(f"{setting}: {sequence_length} is more than the {positions} positions of the model; {remedy}")
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a folder without config.json, or with one that holds no mapping."""
+    """Refuse a folder without config.json, or with one that can describe no causal language model."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: has no config.json, so it is no Hugging Face checkpoint; give the folder that holds one"
         )
-    json_or_empty(folder / "config.json")
+    config = json_or_empty(folder / "config.json")
+    for section, (name, most) in itertools.product((config, text_part(config)), MOST.items()):
+        if isinstance(count := section.get(name), int) and not 0 < count <= most:
+            raise UserError(f"{folder}: config.json says {name}: {count}; correct it, or {DOWNLOAD_AGAIN}")
+    names = config.get("architectures")
+    if isinstance(names, list) and names and str(names[0]).endswith(NO_DECODERS):
+        raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
 
 
 def model_fingerprint(folder: Path) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import errors, snapshot_download
 
 from shoal.errors import NO_ANSWER, NO_HUB, UserError
 from shoal.model_names import ADAPTER_CONFIG, DEMO_MODELS, DEMO_PREFIX, refuse_no_model
-from shoal.models.checkpoint_files import WITH_MODEL, check_checkpoint, check_config, json_or_empty
+from shoal.models.checkpoint_files import WITH_MODEL, check_checkpoint, check_config, json_or_empty, text_part
 from shoal.progress import doing
 
 CHECKPOINT_FILES = (
@@ -31,9 +32,9 @@ NOT_DOWNLOADED: dict[type[Exception] | tuple[type[Exception], ...], str] = {
 """What huggingface_hub raises -> what it means, the most special first."""
 
 
-def num_layers_said(name: str, revision: str | None, *, with_weights: bool = True) -> int | None:
-    """How many layers model ``name`` says it has; None where that does not stand in a config.json of its own.
-    ``with_weights``: those of a folder are looked at, too.
+def config_of(name: str, revision: str | None, *, with_weights: bool = True) -> dict[str, Any]:
+    """The part of config.json that describes the text decoder of model ``name``; empty for an adapter.
+    ``with_weights``: the headers of a folder's weight files are checked, too.
 
     Raises:
         UserError: as download, or a folder as check_config and check_checkpoint.
@@ -44,13 +45,10 @@ def num_layers_said(name: str, revision: str | None, *, with_weights: bool = Tru
     if not (is_here := folder.exists()):
         folder = download(name, revision, patterns=CONFIGS)
     if (folder / ADAPTER_CONFIG).is_file():
-        return None
+        return {}
     if is_here:
         check_checkpoint(folder) if with_weights else check_config(folder)
-    config = json_or_empty(folder / "config.json")
-    text = config.get("text_config", config)
-    said = text.get("num_hidden_layers") if isinstance(text, dict) else None
-    return said if type(said) is int and said > 0 else None
+    return text_part(json_or_empty(folder / "config.json"))
 
 
 def download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECKPOINT_FILES) -> Path:

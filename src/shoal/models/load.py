@@ -35,10 +35,12 @@ from shoal.models.anatomy import text_config
 from shoal.models.attention import implementation
 from shoal.models.checkpoint_files import (
     DOWNLOAD_AGAIN,
+    NOT_CAUSAL,
+    WRONG_SHAPES,
     Shard,
     check_checkpoint,
+    check_config,
     has_tokenizer,
-    json_or_empty,
     read_shards,
 )
 from shoal.models.families import family
@@ -51,11 +53,6 @@ ALIGNMENT = 64
 """Bytes; torch gives every tensor it makes on the CPU an address that is a multiple of this."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Plain floating-point dtypes by their names in safetensors files."""
-MOST_LAYERS = 100_000
-NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
-"""Ends of the names of architectures that read text and write none."""
-NOT_CAUSAL = "is no causal language model of transformers, which writes text from left to right; give one that is"
-WRONG_SHAPES = f"the weights do not have the shapes that config.json says; {DOWNLOAD_AGAIN}"
 SAID = {
     "trust_remote_code": "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the "
     "recipe if you trust it",
@@ -360,15 +357,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: one that transformers cannot read, or of no model that writes text from left to right.
     """
-    whole = json_or_empty(folder / "config.json")  # shows what is wrong before transformers makes a list of layers
-    for section in (whole, whole.get("text_config")):
-        count = section.get("num_hidden_layers") if isinstance(section, dict) else None
-        if isinstance(count, int) and not 0 < count <= MOST_LAYERS:
-            raise UserError(f"{folder}: config.json says num_hidden_layers: {count}; mend it, or {DOWNLOAD_AGAIN}")
-    names = whole.get("architectures")
-    if isinstance(names, list) and names and str(names[0]).endswith(NO_DECODERS):
-        raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
-    with _explained(folder, f"config.json cannot be used ({{}}); mend it, or {DOWNLOAD_AGAIN}"):
+    check_config(folder)  # shows what is wrong before transformers makes a list of layers
+    with _explained(folder, f"config.json cannot be used ({{}}); correct it, or {DOWNLOAD_AGAIN}"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 

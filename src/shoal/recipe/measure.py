@@ -44,6 +44,11 @@ def no_metric(name: str, setting: str) -> UserError:
     return UserError(f"{setting}: is no metric, and no task is swept; {hint}")
 
 
+def not_measured(setting: str, hint: str, where: str) -> UserError:
+    """The error about a name in ``setting`` that is not in importance.json; ``where`` is the key that adds it."""
+    return UserError(f"{setting}: is not in importance.json; {hint} To add it, name it in {where} and measure again")
+
+
 @dataclass(frozen=True)
 class Sweeps(Limited):
     """Which variants of the model are scored on which tasks: what importance by ability and protocol is made of. What

@@ -94,6 +94,12 @@ class CutThese(Cut):
             raise ValueError("drop is empty, so nothing would be dropped; name at least one layer")
 
 
+NO_CORNERSTONE = (
+    "prune.protect: cornerstone needs swept tasks, importance.json holds none; name some in measure.sweep.tasks and "
+    "measure again, or name the layers to protect"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CutByScore(Cut):
     """So many layers by a score; where nothing says how many, an eighth of them, at least one."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
 from shoal.formatting import meant
-from shoal.recipe.asked import refused
+from shoal.recipe.asked import at, refused
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.field_words import TRAINING_ARGUMENTS, field_word
 from shoal.yaml_text import read_yaml
@@ -59,11 +58,8 @@ NEUTRAL = {
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 """Sections that say what is computed in."""
 SECTIONS = ("zero_optimization", *PRECISIONS, "offload_optimizer", "offload_param")
-DEEPSPEED = (
-    *(*SECTIONS[:4], "optimizer", "scheduler", "activation_checkpointing", "gradient_clipping"),
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "steps_per_print"),
-)
-"""What DeepSpeed reads in most configurations; it passes over a key that it does not know."""
+DEEPSPEED: dict[str, str] = {**_REFUSED["deepspeed"], **_REFUSED["deepspeed_only"]}
+"""Place in a configuration of DeepSpeed -> the keys that it has there."""
 MIXED = {"bfloat16": "bf16-mixed", "float16": "fp16-mixed"}
 """Words of distill.precision for what autocast casts to."""
 COMPUTED_IN = {"bf16": "bfloat16", "fp16": "float16"}
@@ -155,9 +151,13 @@ def trained_in(config: Mapping[str, Any], fastest: str) -> str:
 
 def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` without sections that are null, or whose precision is `auto`, which is the recipe's."""
-    for name in config:
-        if name not in DEEPSPEED and (close := get_close_matches(name, DEEPSPEED, n=1, cutoff=0.85)):
-            raise UserError(f"distill.deepspeed: {name} is no key of DeepSpeed's; did you mean {close[0]!r}?")
+    for place, keys in DEEPSPEED.items():
+        section, known = at(config, place) if place else config, keys.split()
+        for name in section if isinstance(section, dict) else ():
+            hint = meant(name, known, "", cutoff=0.8)
+            if name not in known and (hint or place in _REFUSED["deepspeed_only"]):
+                where, hint = f"{place}.{name}".lstrip("."), hint or "see its documentation"
+                raise UserError(f"distill.deepspeed: {where} is not a key of DeepSpeed; {hint}")
     for parts in (config, config.get("zero_optimization") or {}):
         for name in filter(parts.__contains__, SECTIONS):
             section = parts[name]

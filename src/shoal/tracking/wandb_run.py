@@ -31,7 +31,6 @@ from shoal.errors import UserError
 from shoal.ranks import is_main
 from shoal.recipe.recipe import Track
 from shoal.redaction import redacted, redacted_arguments
-from shoal.runtime import environment
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -189,6 +188,8 @@ def _open(mode: Literal["online", "offline"], track: Track, run_dir: Path, recip
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))  # artifacts wait there, not in ~
     import wandb
+
+    from shoal.runtime import environment
 
     id_file = run_dir / RUN_ID_FILE
     is_new = not id_file.is_file()

@@ -135,7 +135,7 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
     texts = ("task: unheard_of\ntag: einfach\n# of qqq-old", "group: 'dreifach'\n")
-    monkeypatch.setattr(naming, "_collection", lambda: texts)
+    monkeypatch.setattr(naming, "_collection", lambda: naming._names(texts))
 
 
 @pytest.mark.usefixtures("no_collection")

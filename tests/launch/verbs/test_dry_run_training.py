@@ -54,7 +54,7 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
         raise AssertionError("a process was started")
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr("shoal.machine._allowed_cores", lambda: 3)
+    monkeypatch.setattr("shoal.ranks.allowed_cores", lambda: 3)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     file = tmp_path / "recipe.yaml"

@@ -69,7 +69,7 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(
         check_distill(
             open_run(parse_recipe({**raw, "distill": watched, "eval": {**own, "tasks": ["knowledge_continuation"]}}))
         )
-    monkeypatch.setattr("shoal.machine._allowed_cores", lambda: 8)
+    monkeypatch.setattr("shoal.ranks.allowed_cores", lambda: 8)
     few = {**distill, "watch": {"tasks": ["knowledge_continuation"], "limit": 4}}
     with pytest.raises(UserError, match=r"distill.watch.limit: 'knowledge_continuation' has 4 item\(s\) for 8 ranks"):
         check_distill(open_run(parse_recipe({**raw, "num_processes": 8, "distill": few})))
@@ -85,7 +85,7 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(
 def test_ranks_that_cannot_train_are_refused_before_any_starts(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, message: str
 ) -> None:
-    monkeypatch.setattr("shoal.machine._allowed_cores", lambda: 8)
+    monkeypatch.setattr("shoal.ranks.allowed_cores", lambda: 8)
     distill = {"sequence_length": 64, "data": ["python_docs"], "batch_size": 4}
     raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [2]}, "distill": distill}
     run = open_run(parse_recipe({**raw, "num_processes": ranks}))

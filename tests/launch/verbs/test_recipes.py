@@ -61,7 +61,7 @@ def test_the_dry_run_of_a_recipe_as_written_passes(
     model = small(tmp_path, name)
     monkeypatch.setattr(runs, "resolve_model", lambda *_, **__: model)
     monkeypatch.setattr(runs, "find_config", lambda *_, **__: load_config(model))
-    monkeypatch.setattr(download, "num_layers_said", lambda *_, **__: MODELS[name][1])
+    monkeypatch.setattr(download, "config_of", lambda *_, **__: {"num_hidden_layers": MODELS[name][1]})
     monkeypatch.setattr(sources, "_hub_rows", hub_rows)
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     if name == "8b":  # its tasks are on the Hub

@@ -292,7 +292,7 @@ def fake_demo(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     (package / "model.gguf").write_text("weights")
     monkeypatch.syspath_prepend(tmp_path)
     digest = "9a129038"  # of "weights"
-    monkeypatch.setitem(resolve.DEMO_MODELS, "fake", ("fake_demo_package", "model.gguf", digest, 2))
+    monkeypatch.setitem(resolve.DEMO_MODELS, "fake", ("fake_demo_package", "model.gguf", digest, {}))
     monkeypatch.setattr(resolve, "convert_gguf", convert)
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
     return conversions
@@ -308,7 +308,7 @@ def test_demo_model_is_converted_once(fake_demo: list[str], tmp_path: Path) -> N
 def test_missing_or_damaged_package_is_refused(
     fake_demo: list[str], monkeypatch: pytest.MonkeyPatch, package: str, file: str, digest: str, message: str
 ) -> None:
-    monkeypatch.setitem(resolve.DEMO_MODELS, "fake", (package, file, digest, 2))
+    monkeypatch.setitem(resolve.DEMO_MODELS, "fake", (package, file, digest, {}))
     with pytest.raises(UserError, match=message):
         resolve_model("demo:fake")
     assert fake_demo == []

@@ -11,7 +11,7 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.launch.cli import _main
-from shoal.launch.verbs import prune, report
+from shoal.launch.verbs import early, prune, report
 from shoal.launch.verbs.run import Run
 from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import read_settings
@@ -49,7 +49,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
     monkeypatch.setattr(prune, "prune", work)
     monkeypatch.setattr(report, "report", work)
-    monkeypatch.setattr(report, "require_results", lambda _: None)
+    monkeypatch.setattr(early, "read_run", lambda _: None)
     return runs
 
 
