@@ -3,12 +3,12 @@
 Activation patching as in arXiv:2504.07898: states of the clean run are put into a corrupted one, one part at a time. Of
 two prompts of one length with different answers, LD = logit(clean answer) - logit(corrupted answer) at the last token;
 the effect of a part is (LD patched - LD corrupted) / (LD clean - LD corrupted), numerator and denominator summed over
-the twins. 1 = the part carries all of the difference, 0 = none.
+the counterparts. 1 = the part carries all of the difference, 0 = none.
 
 Below the patched layer the run is the corrupted one: that is not computed again.
 
-S sequence, D hidden, R rows (one for every part that is put in), H query heads, d size of a head. Runs of both twins
-have them side by side: the clean one first.
+S sequence, D hidden, R rows (one for every part that is put in), H query heads, d size of a head. Runs of both
+counterparts have them side by side: the clean one first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from shoal.models.anatomy import given_state, state_of, watched, with_state
 from shoal.progress import each
 from shoal.recipe.section import Positive, Section
 
-from .attention.prompts import Corruption, Twins, copy_twins
+from .attention.prompts import Corruption, Counterparts, look_up_pairs
 from .part import identity, made, model_of, told
 
 SITES = {"residual": "the layer's input", "attention": "the attention's output", "mlp": "the MLP's output"}
@@ -50,21 +50,21 @@ the last token; everything from the first token on that differs."""
 class Patched:
     """What a part of a layer brings back of the clean run, at one group of places."""
 
-    twin: Corruption
+    counterpart: Corruption
     site: str
     """residual (what enters the layer), attention, mlp (what they write) or head (its context)."""
     group: str
     """One of GROUPS."""
     effects: tuple[tuple[float, ...], ...]
-    """1 = all of the difference between the twins, 0 = none; one number a layer but for heads."""
+    """1 = all of the difference between the counterparts, 0 = none; one number a layer but for heads."""
 
 
 @dataclass(frozen=True)
 class Settings(Section):
     """The prompts that are patched."""
 
-    twins: Positive = 8
-    """Look-ups of four pairs, each with three twins: another value, two keys exchanged, another key asked for."""
+    counterparts: Positive = 8
+    """Look-ups of four pairs, each with three counterparts: another value, two keys exchanged, another key."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,19 @@ class Patching(Artifact):
     FILE: ClassVar[str] = "patching.json"
 
     num_layers: int
-    num_twins: dict[Corruption, int]
+    num_counterparts: dict[Corruption, int]
     """Pairs of prompts that the model answers right both ways, on which ``patched`` is measured."""
     patched: tuple[Patched, ...]
 
     def in_words(self) -> str:
-        """The head and the attention that bring back the most of every kind of twin."""
+        """The head and the attention that bring back the most of every kind of counterpart."""
         lines = []
         for patched in self.patched:
             if patched.group == "all" and patched.site in ("head", "attention"):
                 rows = enumerate(patched.effects)
                 effect, layer, head = max((one, layer, head) for layer, row in rows for head, one in enumerate(row))
                 place = f"head {layer}.{head}" if patched.site == "head" else f"the attention of layer {layer}"
-                lines.append(f"of another {patched.twin} {place} brings back the most ({effect:.2f})")
+                lines.append(f"of another {patched.counterpart} {place} brings back the most ({effect:.2f})")
         return "\n".join(lines)
 
 
@@ -94,15 +94,15 @@ def work(run: Run, settings: Settings) -> str:
     """What brings back the answer, in words."""
 
     def patched(provenance: Provenance) -> Patching:
-        twins = copy_twins(settings.twins, run.tokenizer(), seed=run.recipe.seed)
-        return Patching(provenance, run.num_layers, *patch_effects(model_of(run), twins))
+        counterparts = look_up_pairs(settings.counterparts, run.tokenizer(), seed=run.recipe.seed)
+        return Patching(provenance, run.num_layers, *patch_effects(model_of(run), counterparts))
 
     return told(run, made(run, Patching, identity(run, settings), patched))
 
 
 @dataclass
 class _Runs:
-    """Both intact runs of one pair of twins."""
+    """Both intact runs of one pair of counterparts."""
 
     states: list[Tensor] = field(default_factory=list)
     """(2, S, D) What enters each layer."""
@@ -117,34 +117,34 @@ class _Runs:
 
 
 def patch_effects(
-    model: PreTrainedModel, twins_by_kind: Mapping[Corruption, Sequence[Twins]]
+    model: PreTrainedModel, pairs_by_kind: Mapping[Corruption, Sequence[Counterparts]]
 ) -> tuple[dict[Corruption, int], tuple[Patched, ...]]:
-    """How many twins the model answers right both ways, and over these the effect of every part and group of places.
+    """How many pairs the model answers right both ways, and over these the effect of every part and group of places.
 
-    A kind of twins of which none is answered right has no effects.
+    A kind of pairs of which none is answered right has no effects.
 
     Raises:
-        UserError: layers that cannot be run alone or whose halves are not known, or no twins that are answered right.
+        UserError: layers that cannot be run alone or whose halves are not known, or no pairs that are answered right.
     """
     patcher = Patcher(model)
     num_used: dict[Corruption, int] = {}
     patched: list[Patched] = []
     with probing(model):
-        for kind, twins in twins_by_kind.items():
-            num_used[kind], effects = _effects(patcher, kind, twins)
+        for kind, pairs in pairs_by_kind.items():
+            num_used[kind], effects = _effects(patcher, kind, pairs)
             patched += effects
     if not patched:
         raise UserError(
-            f"shoal lab patching: the model answers none of {sum(map(len, twins_by_kind.values()))} pairs right both "
+            f"shoal lab patching: the model answers none of {sum(map(len, pairs_by_kind.values()))} pairs right both "
             "ways, so nothing can be brought back"
         )
     return num_used, tuple(patched)
 
 
-def _effects(patcher: Patcher, kind: Corruption, twins: Sequence[Twins]) -> tuple[int, list[Patched]]:
+def _effects(patcher: Patcher, kind: Corruption, pairs: Sequence[Counterparts]) -> tuple[int, list[Patched]]:
     gained: dict[tuple[str, str], list[list[float]]] = {}
     num_used, gap = 0, 0.0
-    for pair in each(twins, f"patching: {kind}", unit="twins"):
+    for pair in each(pairs, f"patching: {kind}", unit="pairs"):
         runs = patcher.intact(pair)
         if not runs.is_right:
             continue
@@ -181,10 +181,10 @@ class Patcher:
         counts = [sum(own == site for own, _ in self.parts(layer)) for layer in range(self.num_layers)]
         return [[0.0] * count for count in counts]
 
-    def intact(self, twins: Twins) -> _Runs:
+    def intact(self, counterparts: Counterparts) -> _Runs:
         """Both runs, with what can be taken from them."""
         runs = _Runs()
-        ids_2S = torch.tensor([twins.clean_ids, twins.corrupted_ids], device=self._decoder.device)
+        ids_2S = torch.tensor([counterparts.clean_ids, counterparts.corrupted_ids], device=self._decoder.device)
 
         def enter(_: int, args: Any, kwargs: Any) -> None:
             runs.states.append(given_state(args, kwargs).clone())
@@ -208,16 +208,16 @@ class Patcher:
                     stack.enter_context(projection.register_forward_pre_hook(partial(read, layer)))
             hidden_2SD = self._decoder.hidden(ids_2S)
         logits_2V = self._decoder.logits(hidden_2SD[:, -1])
-        clean, corrupted = self._differences(logits_2V, twins)
+        clean, corrupted = self._differences(logits_2V, counterparts)
         runs.differences = (clean, corrupted)
-        runs.is_right = logits_2V.argmax(-1).tolist() == [twins.right, twins.wrong]
+        runs.is_right = logits_2V.argmax(-1).tolist() == [counterparts.right, counterparts.wrong]
         return runs
 
     def differences(
-        self, runs: _Runs, twins: Twins, layer: int, parts: Sequence[Part], places: Sequence[int]
+        self, runs: _Runs, counterparts: Counterparts, layer: int, parts: Sequence[Part], places: Sequence[int]
     ) -> list[float]:
         """LD of the corrupted run with each of ``parts`` of ``layer`` as it is in the clean one, at ``places``."""
-        ids_RS = torch.tensor([twins.corrupted_ids] * len(parts), device=self._decoder.device)
+        ids_RS = torch.tensor([counterparts.corrupted_ids] * len(parts), device=self._decoder.device)
         prepared = self._layerwise.prepare(self._decoder.arguments(ids_RS))
         places_P = torch.tensor(places, dtype=torch.long, device=ids_RS.device)
         state_RSD = runs.states[layer][1:].repeat(len(parts), 1, 1)
@@ -231,7 +231,7 @@ class Patcher:
         for above in range(layer + 1, self.num_layers):
             state_RSD = self._layerwise.run(above, state_RSD, prepared.calls[above])
         hidden_RSD = self._layerwise.finish(state_RSD, prepared)
-        return self._differences(self._decoder.logits(hidden_RSD[:, -1]), twins)
+        return self._differences(self._decoder.logits(hidden_RSD[:, -1]), counterparts)
 
     def _hooks(self, runs: _Runs, layer: int, parts: Sequence[Part], places_P: Tensor) -> Iterator[Any]:
         """What puts halves and heads of the clean run into their rows while ``layer`` runs."""
@@ -261,5 +261,5 @@ class Patcher:
             yield module.get_submodule(halves.projection).register_forward_pre_hook(partial(read, heads))
 
     @staticmethod
-    def _differences(logits_RV: Tensor, twins: Twins) -> list[float]:
-        return (logits_RV[:, twins.right] - logits_RV[:, twins.wrong]).double().tolist()
+    def _differences(logits_RV: Tensor, counterparts: Counterparts) -> list[float]:
+        return (logits_RV[:, counterparts.right] - logits_RV[:, counterparts.wrong]).double().tolist()

@@ -2,7 +2,7 @@
 
 Means are over shares kept of the teacher's score above chance, in which tasks of any metric are of one unit; each
 column counts the same. What is trained comes back in the form of the training text first, so what ranks is measured
-outside that form: in twin forms, on abilities that no text trains and on public benchmarks. Only where there is nothing
+outside that form: reworded questions, abilities that no text trains and public benchmarks. Only where there is nothing
 of that, everything ranks.
 """
 
@@ -20,7 +20,7 @@ from shoal.task_words import COLUMNS, PROTOCOLS
 
 from .compare import Cell, Model, RunComparison, teacher_of
 
-HEADLINE = ("twin", "out", "public")
+HEADLINE = ("reworded", "out", "public")
 """Columns outside the form of the training text."""
 CONTROLLED = {"form learnt": ("teacher", "control"), "still lost": ("control", "distilled")}
 """What a control tells -> roles before and after."""
@@ -64,7 +64,7 @@ class Standing:
     kept: dict[str, Interval | None]
     """Mean over the tasks of each group."""
     form: Interval | None
-    """Score in the trained form minus that in its twin, mean over the tasks with a twin; None where there are none."""
+    """Score in the trained form minus score when reworded, mean over the reworded tasks; None where there are none."""
 
 
 def task_groups(comparison: RunComparison) -> Groups:
@@ -79,7 +79,7 @@ def task_groups(comparison: RunComparison) -> Groups:
 
 
 def group_title(task: TaskScore) -> str:
-    """`Twin forms`; `Retrieval, generated` where the column is not recorded."""
+    """`Reworded questions`; `Retrieval, generated` where the column is not recorded."""
     own = f"{task.ability}, {PROTOCOLS.get(task.protocol, task.protocol)}"
     title = COLUMNS.get(task.column, own)
     return title[:1].upper() + title[1:]
@@ -134,16 +134,16 @@ def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standi
 
 
 def mean_form_gap(scores: TaskScores, groups: Groups) -> Interval | None:
-    """The mean form gap over the twins of ``groups``; None where there are none."""
+    """The mean form gap over the reworded tasks of ``groups``; None where there are none."""
     usable = {task.task: task for tasks in groups.tasks.values() for task in tasks}
-    twins = [scores[name] for name, task in usable.items() if task.twin_of in usable]
-    twins = [twin for twin in twins if share_items(scores[twin.twin_of], twin)]
-    pairs = [(scores[twin.twin_of], twin) for twin in twins]
+    reworded = [scores[name] for name, task in usable.items() if task.reworded_of in usable]
+    reworded = [score for score in reworded if share_items(scores[score.reworded_of], score)]
+    pairs = [(scores[score.reworded_of], score) for score in reworded]
     gaps = [form_gap(*pair) for pair in pairs]
     if not gaps:
         return None
     limits = [(gap.difference, gap.ci_low, gap.ci_high) for gap in gaps]
-    together = correlations(twins, [form_influences(*pair) for pair in pairs])
+    together = correlations(reworded, [form_influences(*pair) for pair in pairs])
     return weighted_sum([1 / len(gaps)] * len(gaps), limits, together)
 
 

@@ -97,7 +97,7 @@ def task_score(
         level=float(metadata["level"]) if "level" in metadata else None,
         prompts=prompts_fingerprint(task, under_filter),
         column=metadata.get("column", "public"),
-        twin_of=metadata.get("twin_of", ""),
+        reworded_of=metadata.get("reworded_of", ""),
     )
     if task.OUTPUT_TYPE == "generate_until":
         score = replace(score, matching=MATCHING)

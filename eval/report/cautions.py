@@ -61,7 +61,7 @@ def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:
         count = "One score is" if len(refused) == 1 else f"{len(refused)} scores are"
         yield Caution("Settings differ", f"{count} left out of the tables, because settings differ.", refused)
     if unpaired := comparison.formless:
-        lead = "A twin of other items is compared by its score alone, not item by item."
+        lead = "Reworded questions with other items are compared by score alone, not item by item."
         yield Caution("No form gap", lead, unpaired)
     versions = {
         role: {"dtype": own.provenance.inputs.get("dtype", "not recorded"), **own.provenance.environment}
@@ -173,13 +173,13 @@ def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
 
 
 def _form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
-    """Whether what came back is the ability, as far as twins and public benchmarks tell."""
+    """Whether what came back is the ability, as far as reworded questions and public benchmarks tell."""
     if "distilled" not in run.evaluations:
         return
     clear = [row for row in rows if row.has_signal and len(row.scores) > 1]
-    if any(row.column for row in clear) and not any(row.column in ("twin", "public") for row in clear):
+    if any(row.column for row in clear) and not any(row.column in ("reworded", "public") for row in clear):
         yield Caution(
-            "No twin and no public benchmark",
+            "No reworded questions and no public benchmark",
             "Whether the ability came back or the form of the questions was learnt cannot be told from this run.",
             ("It takes tasks that ask the same items in a form that no training text has, or a public benchmark.",),
         )
@@ -199,8 +199,8 @@ def _form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
     if learnt := [row for row in clear if row.form and row.form.is_learnt("distilled")]:
         yield Caution(
             "Form learnt",
-            "The distilled model does better in the trained form than in its twin, where the teacher does not.",
-            (f"Concerned: {named_or_counted(learnt)}.", "The twin tells what it can do; the rest is the form."),
+            "The distilled model does better in the trained form than when reworded, where the teacher does not.",
+            (f"Concerned: {named_or_counted(learnt)}.", "Rely on the score when reworded; the rest is the form."),
         )
 
 

@@ -64,14 +64,14 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Form:
-    """The form gap of every role on one twin: its score in the trained form minus that of the twin."""
+    """The form gap of every role on one task: its score in the trained form minus its score when reworded."""
 
     gaps: dict[str, PairedDifference]
     growth: dict[str, Interval]
     """Role -> its gap minus the teacher's."""
     higher_is_better: bool
     adjusted_p: dict[str, float] = field(default_factory=dict)
-    """p-values of the gaps after Holm's correction over all twins."""
+    """p-values of the gaps after Holm's correction over all reworded tasks."""
 
     def is_learnt(self, role: str) -> bool:
         """Whether the gap of ``role`` is significant, in favour of the trained form, and larger than the teacher's."""
@@ -98,7 +98,7 @@ class Row:
     adjusted_p: dict[tuple[str, str], float]
     """p-values of the differences after Holm's correction over all tasks."""
     form: Form | None = None
-    """How the same items do in the form that training text may have, where this row is their twin."""
+    """How the same items do in the form that training text may have, where this row asks them reworded."""
 
     @property
     def any_score(self) -> TaskScore:
@@ -148,7 +148,7 @@ class Comparison:
     refused: tuple[str, ...]
     """Reasons why a role's score was left out of a row: it was measured with other settings."""
     formless: tuple[str, ...] = ()
-    """Reasons why a twin has no form gap."""
+    """Reasons why a reworded task has no form gap."""
 
 
 def compare(run: Run) -> Comparison:
@@ -187,7 +187,7 @@ def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
 def score_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Every score of a run that may stand in one table, with its 95 % interval and the share of the teacher's it keeps.
 
-    A twin's row has its form gap: the score of the same items in the form that training text may have, minus its own.
+    The row of a reworded task has its form gap: the score of the same items in the trained form, minus its own.
 
     Raises:
         UserError: there is nothing in the run directory, or it cannot be read.
@@ -295,10 +295,10 @@ def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
 
 
 def _with_forms(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """The rows, those of twins with their form gaps, and why one has none."""
+    """The rows, those of reworded tasks with their form gaps, and why one has none."""
     by_task, forms, formless = {row.any_score.task: row for row in rows}, dict[Key, Form](), list[str]()
     for row in rows:
-        if own := by_task.get(row.any_score.twin_of):
+        if own := by_task.get(row.any_score.reworded_of):
             try:
                 forms[row.key] = _form_of(own.scores, row.scores)
             except UserError as error:
@@ -326,9 +326,9 @@ def _adjusted(tasks: Sequence[dict[K, PairedDifference]]) -> list[dict[K, float]
     return adjusted
 
 
-def _form_of(own: Mapping[str, TaskScore], twin: Mapping[str, TaskScore]) -> Form:
-    """The form gaps between a task (role -> score) and its twin, without corrected p-values."""
-    pairs = {role: (own[role], score) for role, score in twin.items() if role in own}
+def _form_of(own: Mapping[str, TaskScore], reworded: Mapping[str, TaskScore]) -> Form:
+    """The form gaps between a task (role -> score) and its reworded one, without corrected p-values."""
+    pairs = {role: (own[role], score) for role, score in reworded.items() if role in own}
     before = pairs.get("teacher")
     return Form(
         gaps={role: form_gap(*pair) for role, pair in pairs.items()},
@@ -337,7 +337,7 @@ def _form_of(own: Mapping[str, TaskScore], twin: Mapping[str, TaskScore]) -> For
             for role, pair in pairs.items()
             if before is not None and role != "teacher"
         },
-        higher_is_better=next(iter(twin.values())).higher_is_better,
+        higher_is_better=next(iter(reworded.values())).higher_is_better,
     )
 
 

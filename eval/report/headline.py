@@ -40,7 +40,7 @@ CHANGES = {
     ("control", "distilled"): "Still lost",
 }
 """(before, after) -> name of the change between them. Where there is a control, what is missing is what it has."""
-OUTSIDE = ("twin", "out", "public")
+OUTSIDE = ("reworded", "out", "public")
 """Columns outside the form of the training text."""
 KEPT = 0.9
 """Share of what the full model has above chance that a model worth shipping keeps."""
@@ -270,12 +270,12 @@ def _cut(run: Run) -> str:
 def _nothing_outside(rows: Sequence[Row]) -> str:
     """What a run that asks in the trained form alone does not know, and which tasks would tell."""
     columns = by_column(row for row in rows if row.has_signal and len(row.scores) > 1)
-    if "in" not in columns or columns.keys() & {"twin", "out", "public"}:
+    if "in" not in columns or columns.keys() & {"reworded", "out", "public"}:
         return ""
     evaluated = {row.any_score.task for row in rows}
     described, _ = described_tasks(task_folders(None))
-    twins = [name for name, (data, protocol) in described.items() if data.twin_under(protocol) in evaluated]
-    would = listed([*(twins[:MAX_NAMES] or ["twins of these tasks"]), "public benchmarks"])
+    reworded = [name for name, (data, protocol) in described.items() if data.reworded_under(protocol) in evaluated]
+    would = listed([*(reworded[:MAX_NAMES] or ["these tasks reworded"]), "public benchmarks"])
     return (
         "Not enough to say: nothing was measured outside the form that training text may have, so what came back may "
         f"be the form alone; {would} would tell."

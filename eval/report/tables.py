@@ -127,31 +127,31 @@ def _difference_table(rows: Sequence[Row], before: str, after: str) -> Table:
 
 def form_table(comparison: Comparison) -> Table | None:
     """The form gap of every role, with both of its scores; None where no task was asked in two forms."""
-    twins = [row for row in comparison.rows if row.form]
-    roles = [role for role in ROLES if any(row.form and role in row.form.gaps for row in twins)]
+    reworded = [row for row in comparison.rows if row.form]
+    roles = [role for role in ROLES if any(row.form and role in row.form.gaps for row in reworded)]
     if not roles:
         return None
     own = {row.any_score.task: row for row in comparison.rows}
     body = []
-    for row in twins:
-        asked = own[row.any_score.twin_of]
+    for row in reworded:
+        asked = own[row.any_score.reworded_of]
         cells = [_form_text(asked, row, role) for role in roles]
         if row.form and "distilled" in roles:
             cells.append(difference_text(row.form.growth.get("distilled"), row.any_score, glance=True))
         body.append((task_name(asked) + unit_text(asked.any_score), *cells))
     columns = ("Task", *(role.capitalize() for role in roles), *(["Distilled − teacher"] * ("distilled" in roles)))
-    caption = "Form gap, with the score in the trained form and that of its twin"
-    return Table(caption, columns, tuple(body), row_titles=tuple(identifier_text(row.any_score) for row in twins))
+    caption = "Form gap, with the score in the trained form and the score when reworded"
+    return Table(caption, columns, tuple(body), row_titles=tuple(identifier_text(row.any_score) for row in reworded))
 
 
-def _form_text(own: Row, twin: Row, role: str) -> str:
+def _form_text(own: Row, reworded: Row, role: str) -> str:
     """`+54 points [+43, +63], 98 % − 44 %`."""
-    gap = twin.form.gaps.get(role) if twin.form else None
+    gap = reworded.form.gaps.get(role) if reworded.form else None
     if gap is None:
         return DASH
-    scores = [row.scores[role] for row in (own, twin)]
+    scores = [row.scores[role] for row in (own, reworded)]
     told = " − ".join(f"{100 * s.score:.0f} %" if is_share(s) else f"{s.score:.2f}" for s in scores)
-    return f"{difference_text(gap, twin.any_score, glance=True)}, {told}"
+    return f"{difference_text(gap, reworded.any_score, glance=True)}, {told}"
 
 
 def silent_table(comparison: Comparison) -> Table | None:

@@ -156,7 +156,7 @@ def tasks_text(scores: Iterable[TaskScore]) -> str:
 
 
 def column_words(column: str) -> str:
-    """How tasks relate to training text: `twin forms`."""
+    """How tasks relate to training text: `reworded questions`."""
     return COLUMNS.get(column, "other tasks")
 
 

@@ -84,12 +84,12 @@ class DataSet(Section):
     ability: Text
     """Ability under which reports list its tasks: retrieval, knowledge, reasoning ..."""
     column: Column | None = None
-    """How its items relate to healing text: in = in a form (wording, carrier) that such text may have, twin = in one
-    that it never has, out = an ability that it never shows, public = a public benchmark. None = not said where items
+    """How its items relate to healing text: in = in a form that such text may have, reworded = in one that it
+    never has, out = an ability that it never shows, public = a public benchmark. None = not said where items
     are bundled, public where rows are read."""
-    twin_of: Text | None = None
+    reworded_of: Text | None = None
     """Part whose items, by id, its own ask again in another form, as its tasks call it before the protocol; {} in it
-    stands for its own part. Only in the column twin."""
+    stands for its own part. Only in the column reworded."""
     protocols: tuple[TaskProtocol, ...] = ("loglikelihood", "continuation", "generation")
     """Protocols under which it is asked, each a task."""
     under: dict[TaskProtocol, Under] = field(default_factory=dict)
@@ -182,8 +182,8 @@ class DataSet(Section):
                 "the protocol rolling needs page, and no other protocol beside it",
             ),
             (
-                self.twin_of is not None and self.column != "twin",
-                f"twin_of needs column: twin (got column: {self.column or 'none'})",
+                self.reworded_of is not None and self.column != "reworded",
+                f"reworded_of needs column: reworded (got column: {self.column or 'none'})",
             ),
             (
                 self.match == "rule" and self.bundled != INSTRUCTED,
@@ -216,9 +216,9 @@ class DataSet(Section):
         own = self.under.get(protocol, Under()).num_fewshot
         return self.num_fewshot if own is None else own
 
-    def twin_under(self, protocol: TaskProtocol) -> str:
+    def reworded_under(self, protocol: TaskProtocol) -> str:
         """Task under ``protocol`` that asks the same items in a form that healing text may have; empty = none."""
-        return f"{self.twin_of}_{protocol}" if self.twin_of else ""
+        return f"{self.reworded_of}_{protocol}" if self.reworded_of else ""
 
 
 def parts_of(data: DataSet) -> list[DataSet]:
@@ -243,7 +243,7 @@ def _part(data: DataSet, name: str, value: int | str | None, chance: Any) -> Dat
         parts=None,
         level=value if isinstance(value, int) else None,
         column=data.column or ("public" if data.bundled is None else None),
-        twin_of=data.twin_of and data.twin_of.format(value),
+        reworded_of=data.reworded_of and data.reworded_of.format(value),
         settings={**data.settings, setting: value} if setting else data.settings,
         hub=hub and replace(hub, name=hub.name and hub.name.format(value)),
         items=data.items and data.items.format(value),

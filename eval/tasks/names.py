@@ -127,7 +127,7 @@ def described_tasks(
     """The tasks that described data sets give, each with its data set and protocol, and the groups they are in.
 
     Raises:
-        UserError: a data set that calls itself a twin of tasks that none in a trained form gives.
+        UserError: a data set that rewords tasks that no data set in a trained form has.
     """
     tasks: dict[str, tuple[DataSet, TaskProtocol]] = {}
     tags: dict[str, tuple[str, ...]] = {}
@@ -138,10 +138,10 @@ def described_tasks(
         for tag in (*data.tags, *([data.dataset] if data.bundled else [])):
             tags[tag] = (*tags.get(tag, ()), *of_data)
     for data, protocol in tasks.values():
-        if (other := data.twin_under(protocol)) and (other not in tasks or tasks[other][0].column != "in"):
+        if (other := data.reworded_under(protocol)) and (other not in tasks or tasks[other][0].column != "in"):
             raise UserError(
-                f"data set {data.dataset!r}: twin_of is {data.twin_of!r}, and no described data set of the "
-                f"column in has a task {other!r}; a twin asks again what such a one asks, named before its protocol"
+                f"data set {data.dataset!r}: reworded_of is {data.reworded_of!r}, and no described data set of the "
+                f"column in has a task {other!r}; name such a task, without its protocol"
             )
     return tasks, tags
 

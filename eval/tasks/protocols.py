@@ -46,8 +46,8 @@ def task_config(data: DataSet, protocol: TaskProtocol, data_dir: Path | None, nu
     metadata: Config = {"version": "1.0", "ability": data.ability, "protocol": protocol, "column": data.column or ""}
     if family is not None:
         metadata |= {"family": family, "level": data.level}
-    if twin_of := data.twin_under(protocol):
-        metadata["twin_of"] = twin_of
+    if reworded_of := data.reworded_under(protocol):
+        metadata["reworded_of"] = reworded_of
     shown = shots > 0 and has_examples(data, data_dir)
     form = FORMS[protocol](data)
     return {

@@ -1,5 +1,5 @@
-"""Look-ups and needles as tokens, with the places of what is to be copied, and their twins of one length with another
-answer."""
+"""Look-ups and needles as tokens, with the places of what is to be copied, and their counterparts of one length
+with another answer."""
 
 from __future__ import annotations
 
@@ -108,15 +108,15 @@ class Encoded:
         return [place for place, (a, b) in enumerate(self.offsets) if a < end and b > start]
 
 
-TWIN_PAIRS = 4
-"""Twins are short: each is run once for every state that is put in."""
+COUNTERPART_PAIRS = 4
+"""Counterparts are short: each is run once for every state that is put in."""
 Corruption = Literal["value", "key", "question"]
-"""How the twin of a look-up differs: another value at the key that is asked for, two keys exchanged in the data, or
-another key asked for."""
+"""How the counterpart of a look-up differs: another value at the key that is asked for, two keys exchanged in the data,
+or another key asked for."""
 
 
 @dataclass(frozen=True)
-class Twins:
+class Counterparts:
     """Two prompts of one length with different answers, which are left out."""
 
     clean_ids: tuple[int, ...]
@@ -131,23 +131,23 @@ class Twins:
     the first token that differs."""
 
 
-def copy_twins(count: int, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> dict[Corruption, list[Twins]]:
-    """``count`` look-ups with a twin of every kind."""
-    twins_by_kind: dict[Corruption, list[Twins]] = {kind: [] for kind in get_args(Corruption)}
-    for item in items("retrieval", split="eval", num_items=count, seed=seed, num_pairs=TWIN_PAIRS):
-        for kind, twins in twins_by_kind.items():
-            candidates = (_twins(kind, item, other, tokenizer) for other in _corrupted(kind, item, seed))
+def look_up_pairs(count: int, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> dict[Corruption, list[Counterparts]]:
+    """``count`` look-ups with a counterpart of every kind."""
+    pairs_by_kind: dict[Corruption, list[Counterparts]] = {kind: [] for kind in get_args(Corruption)}
+    for item in items("retrieval", split="eval", num_items=count, seed=seed, num_pairs=COUNTERPART_PAIRS):
+        for kind, pairs in pairs_by_kind.items():
+            candidates = (_counterparts(kind, item, other, tokenizer) for other in _corrupted(kind, item, seed))
             if (pair := next(filter(None, candidates), None)) is not None:
-                twins.append(pair)
-    if (missing := next((kind for kind, twins in twins_by_kind.items() if not twins), None)) is not None:
+                pairs.append(pair)
+    if (missing := next((kind for kind, pairs in pairs_by_kind.items() if not pairs), None)) is not None:
         raise UserError(
-            f"shoal lab patching: in this tokenizer no look-up has a twin with another {missing} in as many tokens"
+            f"shoal lab patching: this tokenizer encodes no look-up with another {missing} in as many tokens"
         )
-    return twins_by_kind
+    return pairs_by_kind
 
 
 def _corrupted(kind: Corruption, item: Item, seed: int) -> Iterator[Item]:
-    """What may be a twin of ``item``, in a random order."""
+    """What may be a counterpart of ``item``, in a random order."""
     rng, end = generator("twins", "eval", seed, item=item.id, kind=kind), item.context.index("}") + 1
     data, ask = item.context[:end], item.context[end:]
     pairs: dict[str, str] = json.loads(data[data.index("{") :])
@@ -175,7 +175,7 @@ def _asking(item: Item, data: str, ask: str, value: str) -> Item:
     )
 
 
-def _twins(kind: Corruption, item: Item, other: Item, tokenizer: PreTrainedTokenizerBase) -> Twins | None:
+def _counterparts(kind: Corruption, item: Item, other: Item, tokenizer: PreTrainedTokenizerBase) -> Counterparts | None:
     """None where the two have not the same length, differ elsewhere too, or begin their answers alike."""
     clean, corrupted = copy_prompt(item, tokenizer), copy_prompt(other, tokenizer)
     if clean is None or corrupted is None or clean.answer[0] == corrupted.answer[0]:
@@ -197,4 +197,4 @@ def _twins(kind: Corruption, item: Item, other: Item, tokenizer: PreTrainedToken
     if len(ids) != len(other_ids) or not different or not set(different) <= set(at):
         return None
     groups["all"] = tuple(range(different[0], last + 1))
-    return Twins(ids, other_ids, clean.answer[0], corrupted.answer[0], groups)
+    return Counterparts(ids, other_ids, clean.answer[0], corrupted.answer[0], groups)

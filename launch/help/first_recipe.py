@@ -40,7 +40,7 @@ FEWEST_TOKENS, MOST_TOKENS = 50_000, 1_000_000_000
 """Tokens below which hardly anything comes back, and more than which nobody wants by default."""
 BENCHMARKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "openbookqa", "lambada_openai", "gsm8k")
 """lm-eval's names of public benchmarks that any machine with a network can read."""
-TWINS = ("retrieval_twin_generation", "knowledge_twin_generation", "reasoning_twin_worked")
+REWORDED = ("retrieval_reworded_generation", "knowledge_reworded_generation", "reasoning_reworded_worked")
 """Shoal's own beside them: abilities in forms that no text trains."""
 
 
@@ -133,7 +133,7 @@ def _proposal(
             "deepspeed": "zero0" if machine.ranks == 1 else "zero2",
             "trainer": {"learning_rate": 1e-3 if parameters < SMALL else 1e-4},
         },
-        "eval": {"tasks": [*TWINS, *BENCHMARKS], "limit": 200, "control": True} if is_public else {"tasks": "quick"},
+        "eval": {"tasks": [*REWORDED, *BENCHMARKS], "limit": 200, "control": True} if is_public else {"tasks": "quick"},
     }
 
 

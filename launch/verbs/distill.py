@@ -251,7 +251,7 @@ def check_distill(run: Run) -> None:
 
     Raises:
         UserError: more ranks than cores or devices, impossible layers, unknown tasks, kernels that cannot be had,
-            bundled text with a twin's wording, a recording of something else, and what check_training_settings refuses.
+            bundled text with reworded questions, another recording, and what check_training_settings refuses.
     """
     from shoal.compress.plan import stand_in
     from shoal.eval.evaluate import WATCHED, checked_items, num_items

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-Column = Literal["in", "twin", "out", "public"]
-"""How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
-that it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
+Column = Literal["in", "reworded", "out", "public"]
+"""How items relate to training text: `in` = in a form that it may have, `reworded` = the same items in a form that
+it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
 PROTOCOLS = {
     "loglikelihood": "lettered options",
     "continuation": "option text",
@@ -16,7 +16,12 @@ PROTOCOLS = {
     "rolling": "running text",
 }
 """Protocol -> its words for a reader."""
-COLUMNS = {"twin": "twin forms", "out": "untrained abilities", "public": "public benchmarks", "in": "trained form"}
+COLUMNS = {
+    "reworded": "reworded questions",
+    "out": "untrained abilities",
+    "public": "public benchmarks",
+    "in": "trained form",
+}
 """Column -> its words, in the order in which they stand beside each other; see TaskScore.column."""
 ABILITIES = ("retrieval", "knowledge", "reasoning")
 """Abilities that task names begin with."""

@@ -125,7 +125,7 @@ def test_a_task_file_says_its_column_and_no_other_word(tmp_path: Path) -> None:
     (score, _) = run(**own_task(tmp_path, MULTIPLE + "metadata: {column: out}\n", rows))
     assert score.column == "out"
     wrong = own_task(tmp_path, MULTIPLE + "metadata: {column: outside}\n", rows)
-    with pytest.raises(UserError, match=r"'own': metadata: column is 'outside', which is one of in, twin, out, public"):
+    with pytest.raises(UserError, match=r"metadata: column is 'outside', which is one of in, reworded, out, public"):
         run(**wrong)
 
 

@@ -58,7 +58,7 @@ def test_diagnostics_are_written_and_told(recipe: str, tmp_path: Path) -> None:
 @pytest.mark.prove
 def test_a_model_that_answers_nothing_right_has_nothing_to_patch(recipe: str) -> None:
     with pytest.raises(UserError, match="answers none of"):
-        lab(["patching", recipe, "twins=6"])
+        lab(["patching", recipe, "counterparts=6"])
 
 
 @pytest.mark.prove

@@ -9,14 +9,14 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from induction import COPYING, induction_model, twins
+from induction import COPYING, induction_model, pair_of
 from tiny import tiny_tokenizer
 from torch import Tensor
 
 from shoal.artifacts.artifact import Provenance
 from shoal.compress.edits.layer_edits import with_heads
 from shoal.lab import patching as part
-from shoal.lab.attention.prompts import Twins, copy_twins
+from shoal.lab.attention.prompts import Counterparts, look_up_pairs
 from shoal.lab.patching import GROUPS, Patcher, patch_effects
 from shoal.models.anatomy import decoder_layers, given_state, state_of, with_state
 
@@ -24,8 +24,8 @@ TOKENIZER: Any = tiny_tokenizer()
 
 
 @pytest.mark.prove
-def test_twins_differ_where_their_kind_says_and_ask_for_what_the_data_holds() -> None:
-    by_kind = copy_twins(6, TOKENIZER, seed=0)
+def test_counterparts_differ_where_their_kind_says_and_ask_for_what_the_data_holds() -> None:
+    by_kind = look_up_pairs(6, TOKENIZER, seed=0)
     assert list(by_kind) == ["value", "key", "question"]
     assert len(by_kind["value"]) == 6
     for kind, pair in ((kind, pair) for kind, pairs in by_kind.items() for pair in pairs):
@@ -55,7 +55,7 @@ def test_twins_differ_where_their_kind_says_and_ask_for_what_the_data_holds() ->
 
 
 def test_patching_finds_the_way_of_the_answer_in_the_model_that_copies() -> None:
-    used, patched = patch_effects(induction_model(), {"value": [twins(at) for at in (1, 3, 5, 8)]})
+    used, patched = patch_effects(induction_model(), {"value": [pair_of(at) for at in (1, 3, 5, 8)]})
     assert used == {"value": 4}
     effect = {(one.site, one.group): one.effects for one in patched}
     assert {site for site, _ in effect} == {"residual", "attention", "mlp", "head"}
@@ -72,14 +72,14 @@ def test_patching_finds_the_way_of_the_answer_in_the_model_that_copies() -> None
     assert [row[0] for row in effect["mlp", "all"]] == near([0.0, 0.0], abs=1e-5)
 
 
-def random_twins(length: int = 12) -> Twins:
+def random_counterparts(length: int = 12) -> Counterparts:
     clean, corrupted = torch.randint(6, 90, (2, length), generator=torch.Generator().manual_seed(1)).tolist()
     corrupted = [*clean[:4], *corrupted[4:6], *clean[6:]]
     groups = {"needle": (4, 5), "question": (8, 9, 10), "last": (11,), "all": tuple(range(4, 12))}
-    return Twins(tuple(clean), tuple(corrupted), 7, 8, groups)
+    return Counterparts(tuple(clean), tuple(corrupted), 7, 8, groups)
 
 
-def by_hooks(model: Any, pair: Twins, layer: int, site: str, head: int, places: list[int]) -> float:
+def by_hooks(model: Any, pair: Counterparts, layer: int, site: str, head: int, places: list[int]) -> float:
     """LD of the corrupted prompt with one part of the clean run in it: two forwards of the whole model."""
     halves, module, kept = with_heads(model, layer), decoder_layers(model)[layer], []
     names = {"attention": halves.attention, "mlp": halves.mlp, "head": (halves.projection,), "residual": ("",)}[site]
@@ -114,7 +114,7 @@ def by_hooks(model: Any, pair: Twins, layer: int, site: str, head: int, places: 
 def test_patched_runs_are_those_of_the_whole_model_with_hooks(family: str) -> None:
     """Only what lies above the layer is run; windows, groups, parallel halves."""
     narrow: dict[str, Any] = {"sliding_window": 3} if family in ("gemma3_text", "mixtral") else {}
-    model, pair = architectures.tiny_model(family, **narrow).double(), random_twins()
+    model, pair = architectures.tiny_model(family, **narrow).double(), random_counterparts()
     model.set_experts_implementation("eager")  # the grouped kernel knows no float64
     patching = Patcher(model)
     runs = patching.intact(pair)
@@ -136,7 +136,7 @@ def test_patched_runs_are_those_of_the_whole_model_with_hooks(family: str) -> No
 
 @pytest.mark.prove
 def test_what_patching_finds_is_written(tmp_path: Path) -> None:
-    found = part.Patching(Provenance({}), 2, *patch_effects(induction_model(), {"value": [twins(3)]}))
+    found = part.Patching(Provenance({}), 2, *patch_effects(induction_model(), {"value": [pair_of(3)]}))
     found.save(tmp_path / part.Patching.FILE)
     assert part.Patching.load(tmp_path / part.Patching.FILE) == found
     assert f"head {COPYING[0]}.{COPYING[1]} brings back the most (1.00)" in found.in_words()

@@ -169,7 +169,7 @@ CASES: dict[str, Case] = {
                 "data": [{"path": "python_docs"}, {"path": "ability_texts"}],
                 "losses": [FORWARD_KL, CROSS_ENTROPY],
             },
-            "eval": {"tasks": [*SHORT, *WRITTEN, "knowledge_twin_continuation"], "control": True},
+            "eval": {"tasks": [*SHORT, *WRITTEN, "knowledge_reworded_continuation"], "control": True},
         },
         "cut",
     ),

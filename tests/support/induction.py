@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from shoal.lab.attention.prompts import CopyPrompt, Twins
+from shoal.lab.attention.prompts import CopyPrompt, Counterparts
 
 NUM_TOKENS = 20
 PREVIOUS, COPYING = (0, 0), (1, 0)
@@ -78,7 +78,7 @@ def copy_prompt(at: int, value: tuple[int, ...] = (16, 17, 18)) -> CopyPrompt:
     return CopyPrompt((*data, KEY, *value), tuple(range(at + 1, at + 1 + len(value))), LENGTH)
 
 
-def twins(at: int) -> Twins:
+def pair_of(at: int) -> Counterparts:
     """A prompt of copy_prompt and one with another value; a filler stands between data and question."""
     clean, corrupted = (copy_prompt(at, value).input_ids[: LENGTH + 1] for value in ((16, 17, 18), (14, 15, 13)))
     groups = {
@@ -87,4 +87,4 @@ def twins(at: int) -> Twins:
         "last": (LENGTH,),
         "all": tuple(range(at + 1, LENGTH + 1)),
     }
-    return Twins(clean, corrupted, 16, 14, groups)
+    return Counterparts(clean, corrupted, 16, 14, groups)

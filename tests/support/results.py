@@ -173,41 +173,34 @@ def quickstart(role: str) -> Scores:
     return Scores(provenance(), role, tuple(tasks), parameters, layers, 2 * parameters, 100.0)
 
 
+LOOK_UP, FACT = ("retrieval", "generation"), ("knowledge", "continuation")
 FORMED = (
     ("retrieval_generation", "retrieval", "generation", 0.1, "in", "", (64, 22, 100, 98)),
-    ("retrieval_twin_generation", "retrieval", "generation", 0.1, "twin", "retrieval_generation", (60, 20, 66, 44)),
+    ("retrieval_reworded_generation", *LOOK_UP, 0.1, "reworded", "retrieval_generation", (60, 20, 66, 44)),
     ("knowledge_continuation", "knowledge", "continuation", 0.25, "in", "", (93, 64, 95, 85)),
-    (
-        "knowledge_twin_continuation",
-        "knowledge",
-        "continuation",
-        0.25,
-        "twin",
-        "knowledge_continuation",
-        (91, 63, 90, 80),
-    ),
+    ("knowledge_reworded_continuation", *FACT, 0.25, "reworded", "knowledge_continuation", (91, 63, 90, 80)),
     ("needle_20sentences_generation", "retrieval", "generation", 0.25, "out", "", (90, 70, 90, 73)),
     ("arc_easy_continuation", "knowledge", "continuation", 0.25, "public", "", (58, 40, 57, 41)),
 )
-"""Task, ability, protocol, chance, column, twin_of, and how many of 100 items each of FORMED_ROLES has right."""
+"""Task, ability, protocol, chance, column, reworded_of, and how many of 100 items each of FORMED_ROLES has right."""
 FORMED_NATS = (
     ("reasoning_worked", "reasoning", "worked", "in", "", (1.21, 1.96, 0.22, 0.25)),
-    ("reasoning_twin_worked", "reasoning", "worked", "twin", "reasoning_worked", (1.3, 2.0, 1.0, 1.5)),
+    ("reasoning_reworded_worked", "reasoning", "worked", "reworded", "reasoning_worked", (1.3, 2.0, 1.0, 1.5)),
     ("perplexity", "language", "rolling", "", "", (2.56, 3.45, 2.50, 2.85)),
 )
 FORMED_ROLES = ("teacher", "pruned", "control", "distilled")
 
 
-def formed(role: str, columns: Collection[str] = ("in", "twin", "out", "public", "")) -> Scores:
+def formed(role: str, columns: Collection[str] = ("in", "reworded", "out", "public", "")) -> Scores:
     """An evaluation in which the distilled model has learnt the form of look-ups, and a control as well."""
     place, tasks = FORMED_ROLES.index(role), []
-    for name, ability, protocol, chance, column, twin_of, right in FORMED:
+    for name, ability, protocol, chance, column, reworded_of, right in FORMED:
         made = counted(role, name, ability, protocol, chance, 100, right[place])
-        tasks.append(replace(made, column=column, twin_of=twin_of))
-    for name, ability, protocol, column, twin_of, mean in FORMED_NATS:
+        tasks.append(replace(made, column=column, reworded_of=reworded_of))
+    for name, ability, protocol, column, reworded_of, mean in FORMED_NATS:
         made = _spread(role, name, ability, protocol, 100, mean[place])
-        tasks.append(replace(made, column=column, twin_of=twin_of))
-    content = {task.task: task.twin_of or task.task for task in tasks}
+        tasks.append(replace(made, column=column, reworded_of=reworded_of))
+    content = {task.task: task.reworded_of or task.task for task in tasks}
     tasks = [replace(task, items=_of_content(content[task.task], task)) for task in tasks if task.column in columns]
     return replace(quickstart("teacher" if role in ("teacher", "control") else role), role=role, tasks=tuple(tasks))
 
@@ -220,7 +213,7 @@ def write_formed(
     folder: Path,
     *,
     roles: Collection[str] = FORMED_ROLES,
-    columns: Collection[str] = ("in", "twin", "out", "public", ""),
+    columns: Collection[str] = ("in", "reworded", "out", "public", ""),
 ) -> Path:
     """A run directory whose results stand in several columns."""
     write_quickstart(folder)

@@ -17,7 +17,7 @@ from benchmarks import recovery
 from shoal.artifacts.evaluation import TaskScore
 from shoal.recipe.recipe import load_recipe
 
-TASKS = {"twin": ["retrieval_twin_continuation", "knowledge_twin_continuation"]}
+TASKS = {"reworded": ["retrieval_reworded_continuation", "knowledge_reworded_continuation"]}
 
 
 @pytest.mark.parametrize("arm", recovery.SAID["arms"])
@@ -70,4 +70,4 @@ def test_the_command_heals_scores_and_goes_on(tmp_path: Path, monkeypatch: pytes
     before = second.joinpath("distill.json").read_bytes()
     recovery.main([*words, "two"])
     assert second.joinpath("distill.json").read_bytes() == before, "what is trained is not trained again"
-    assert (out / "scores" / "two-4096-0" / f"{TASKS['twin'][0]}.items.jsonl").is_file()
+    assert (out / "scores" / "two-4096-0" / f"{TASKS['reworded'][0]}.items.jsonl").is_file()

@@ -116,12 +116,12 @@ def _frozen_pairs(
     pairs = []
     for parameter, modules in owners.items():
         names = [_in_teacher(name, layers_name, keep) for name in modules]
-        twins = {id(theirs[name]): theirs[name] for name in names if name in theirs}
-        if len(twins) != 1:
+        found = {id(theirs[name]): theirs[name] for name in names if name in theirs}
+        if len(found) != 1:
             continue
-        (twin,) = twins.values()
-        if not twin.requires_grad and (twin.shape, twin.device) == (parameter.shape, parameter.device):
-            pairs.append((parameter, twin, modules))
+        (other,) = found.values()
+        if not other.requires_grad and (other.shape, other.device) == (parameter.shape, parameter.device):
+            pairs.append((parameter, other, modules))
     return pairs
 
 

@@ -84,9 +84,9 @@ def refuse_other_layers(student: PreTrainedModel, teacher: PreTrainedModel, num_
     ours, theirs = anatomy(student), anatomy(teacher)
     parts = [(f"its layer {layer}", ours.layers[layer], theirs.layers[layer]) for layer in range(num_layers)]
     for name, own, other in [("the embeddings", ours.embeddings, theirs.embeddings), *parts]:
-        twins = {} if other is None else dict(other.named_parameters())
+        others = {} if other is None else dict(other.named_parameters())
         for leaf, weight in () if own is None else own.named_parameters():
-            if leaf not in twins or not _holds_the_same(weight.data, twins[leaf].data):
+            if leaf not in others or not _holds_the_same(weight.data, others[leaf].data):
                 raise UserError(
                     f"model: {name} should be the teacher's, as nothing so far down is said to have changed, and is "
                     "not; give drop=Plan.load(...) of the plan.json that it was cut by, which names all "

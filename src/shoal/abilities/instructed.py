@@ -1,6 +1,6 @@
 """Requests whose answers a program checks: JSON with given fields, texts by a rule, harmful and harmless requests.
 
-instructed.yaml has them, each in a wording that healing text may have and in another one for twins.
+instructed.yaml has them, each in a wording that healing text may have and reworded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from shoal.abilities.item import Item, Value, Wanted, check_choice, check_range, digest
 from shoal.abilities.words import table
 
-FORMS = {"trained": "own", "twin": "twin"}
+FORMS = {"trained": "own", "reworded": "reworded"}
 Asked = tuple[dict[str, str], dict[str, Any], str]
 """The request by wording, the rule of checks.fits, and an answer that keeps it."""
 NUM_FIELDS = (2, 3)

@@ -84,7 +84,7 @@ class Form:
 
     name: str
 
-    twin: bool = field(default=False, kw_only=True)
+    reworded: bool = field(default=False, kw_only=True)
     """True: no training text has this form, so that a score in it tells the ability from the form that was trained."""
 
     @property
@@ -100,7 +100,7 @@ F = TypeVar("F", bound=Form)
 
 def forms_of(kind: type[F], ability: str) -> tuple[F, ...]:
     """The forms of an ability, as forms.yaml has them; the first is the one asked for where none is named. Which are
-    twins was chosen so that the intact demo model finds both kinds equally hard."""
+    reworded ones was chosen so that the intact demo model finds both kinds equally hard."""
     forms: list[F] = []
     for told in table("forms")[ability]:
         own: dict[str, Any] = {key: tuple(text) if isinstance(text, list) else text for key, text in told.items()}
@@ -109,7 +109,7 @@ def forms_of(kind: type[F], ability: str) -> tuple[F, ...]:
 
 
 def assigned_forms(forms: Sequence[F], asked: Value, task: str, num_items: int) -> list[F]:
-    """The form of each item: the first one, or ``asked``: a name, or "trained" or "twin" for all of these by turns.
+    """The form of each item: the first one, or ``asked``: a name, or "trained" or "reworded" for all of these by turns.
 
     Every run of as many items as there are forms has each of them once, in an order of its own, so that no form goes
     with one position or kind.
@@ -119,10 +119,10 @@ def assigned_forms(forms: Sequence[F], asked: Value, task: str, num_items: int) 
     """
     if asked is None:
         return [forms[0]] * num_items
-    groups = {"trained": [f for f in forms if not f.twin], "twin": [f for f in forms if f.twin]}
+    groups = {"trained": [f for f in forms if not f.reworded], "reworded": [f for f in forms if f.reworded]}
     check_choice(f"{task} form", asked, [*groups, *(form.name for form in forms)])
     chosen = groups.get(str(asked)) or [form for form in forms if form.name == asked]
-    rng = random.Random(digest("form", task, asked))
+    rng = random.Random(digest("form", task, "twin" if asked == "reworded" else asked))
     shuffled: list[F] = []
     while len(shuffled) < num_items:
         shuffled += rng.sample(chosen, len(chosen))

@@ -1,7 +1,7 @@
-"""Multi-step problems with a worked answer, and wrong twins of that answer that look the same.
+"""Multi-step problems with a worked answer, and wrong variants of that answer that look the same.
 
-A twin keeps the wording and the length. It goes wrong at one step and carries the error through, or works rightly up to
-a wrong last step, so nothing but following the steps tells it from the right answer.
+A variant keeps the wording and the length. It goes wrong at one step and carries the error through, or works rightly up
+to a wrong last step, so nothing but following the steps tells it from the right answer.
 """
 
 import random
@@ -96,7 +96,7 @@ class Problem:
 
     question: str
     worked: str
-    twins: Sequence[str]
+    variants: Sequence[str]
     final: str
 
 
@@ -124,10 +124,10 @@ def reasoning_items(wanted: Wanted, *, num_steps: Value = 2, kind: Value = None,
 
 
 def make_problem(rng: random.Random, split: str, kind: str, num_steps: int, *, form: StoryForm = FORMS[0]) -> Item:
-    """One problem as an item with three twins."""
+    """One problem as an item with three variants."""
     tell = KINDS[kind](rng, split, num_steps)
     plain = tell(FORMS[0])
-    wrong = [plain.twins.index(twin) for twin in rng.sample(sorted({*plain.twins} - {plain.worked}), 3)]
+    wrong = [plain.variants.index(variant) for variant in rng.sample(sorted({*plain.variants} - {plain.worked}), 3)]
     position = rng.randrange(4)
 
     def item(form: StoryForm) -> Item:
@@ -136,7 +136,7 @@ def make_problem(rng: random.Random, split: str, kind: str, num_steps: int, *, f
             "reasoning",
             form.text.format(problem=problem.question),
             gold=f" {problem.worked}",
-            wrong=[f" {problem.twins[index]}" for index in wrong],
+            wrong=[f" {problem.variants[index]}" for index in wrong],
             position=position,
             question=problem.question,
             params={"kind": kind, "num_steps": num_steps, "final": problem.final},

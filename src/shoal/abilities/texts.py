@@ -20,7 +20,7 @@ def training_texts(abilities: Sequence[str] = tuple(FORMS), *, num_texts: int, s
     """Documents of the training split, one of these abilities in one form each, drawn evenly.
 
     A document holds several items, so that most of its tokens teach something: a lookup block asks for several of its
-    keys, facts and problems follow each other. Its form is any of the trained ones; no document has a twin form.
+    keys, facts and problems follow each other. Its form is any of the trained ones; no document has a reworded one.
     """
     rng = generator("texts", "train", seed)
     return [WRITERS[ability](rng) for ability in rng.choices(abilities, k=num_texts)]
@@ -51,7 +51,7 @@ def write_problems(rng: random.Random) -> str:
 
 
 def _trained(rng: random.Random, forms: tuple[F, ...]) -> F:
-    return rng.choice([form for form in forms if not form.twin])
+    return rng.choice([form for form in forms if not form.reworded])
 
 
 WRITERS: dict[str, Callable[[random.Random], str]] = {

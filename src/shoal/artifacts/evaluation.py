@@ -99,7 +99,7 @@ class TaskScore:
     """Version of the code that reads answers out of generated text (shoal.abilities.matching); 1 for other tasks."""
     column: Column | Literal[""] = ""
     """How the items relate to training text; empty = not said."""
-    twin_of: str = ""
+    reworded_of: str = ""
     """Task that asks the same items (by id) in a form that training text may have; empty = none."""
     engine: str = "transformers"
     """What ran the model: transformers or vllm. Scores of two engines are never paired."""

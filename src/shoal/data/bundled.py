@@ -40,7 +40,7 @@ def ability_prompts() -> list[dict[str, str]]:
         item
         for ability, forms in FORMS.items()
         for form in forms
-        if not form.twin
+        if not form.reworded
         for item in ability_items(
             ability,
             split="train",

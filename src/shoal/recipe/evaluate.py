@@ -6,6 +6,8 @@ A suite is tasks, limits and a stated cost under one name, so that runs of diffe
 from __future__ import annotations
 
 import itertools
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,17 +21,24 @@ from pydantic_core.core_schema import no_info_before_validator_function
 from shoal.recipe.section import Data, Positive, Section, Shapes, Text, TextSource, adapter
 from shoal.yaml_text import read_yaml
 
+log = logging.getLogger(__name__)
 SUITES = ("quick", "transfer", "standard", "full")
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
     CONFIGS_DIR = Path(__file__).parents[3] / "configs"
 SUITES_DIR = CONFIGS_DIR / "suites"
+OLD_NAME = re.compile(r"^(shoal|retrieval|knowledge|reasoning|reasoning_1step|json|rules|refusal_\w+?)_twins?(?=_|$)")
 DEFAULT = "default"
 """What stands in a limit for all tasks that it does not name."""
 Names = Annotated[tuple[Text, ...], BeforeValidator(lambda names: in_suites(names))]
 """One name of a task, group or suite, or a list of them."""
 Limit = Positive | dict[str, Positive | None] | None
 """Items per task: the same for all, {default: 200, gsm8k: 100}, or all there are (None)."""
+
+
+def renamed(task: str) -> str:
+    """A task's name of today."""
+    return OLD_NAME.sub(r"\1_reworded", task)
 
 
 def limit_of(limit: Limit, task: str) -> int | None:
@@ -53,12 +62,12 @@ class Eval(Limited):
 
     tasks: Annotated[Annotated[Names, Field(min_length=1)], Shapes.SCORES] = (
         *("retrieval_continuation", "knowledge_continuation", "reasoning_continuation"),
-        *("retrieval_twin_continuation", "knowledge_twin_continuation", "reasoning_twin_continuation"),
+        *("retrieval_reworded_continuation", "knowledge_reworded_continuation", "reasoning_reworded_continuation"),
     )
     """Tasks and groups, shoal's own (configs/tasks) and every one that lm-eval ships, by name; and suites, which bring
     their limits and perplexity_tokens: quick (minutes, bundled data), transfer (minutes, what a healed model is judged
     by), standard or full. Of several suites the first one's numbers count. By default every ability in a form that
-    training text may have, and as a twin: without one a form that was learnt passes for an ability that came back."""
+    training text may have, and reworded: without that a form that was learnt passes for an ability that came back."""
     limit: Annotated[Limit, Shapes.SCORES] = 200
     """Items per task, or of single tasks by name: {default: 200, gsm8k: 100}; None = all. It caps a suite's limits of
     single tasks too."""
@@ -131,7 +140,9 @@ def in_suites(names: Any) -> Any:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         return names
-    parts = (read_suite(name).tasks if name in SUITES else (name,) for name in names)
+    if old := next(filter(OLD_NAME.search, names), None):
+        log.warning("tasks: %s is called %s now; rename it, and others like it", old, renamed(old))
+    parts = (read_suite(name).tasks if name in SUITES else (renamed(name),) for name in names)
     return list(dict.fromkeys(itertools.chain.from_iterable(parts)))
 
 
@@ -155,6 +166,6 @@ def spelled_out(section: Any, said: Any) -> Any:
         given = {**(suite.limit if isinstance(suite.limit, dict) else {}), **given}
     if isinstance(cap := asked.get(DEFAULT), int):
         given = {task: min(number, cap) if number else number for task, number in given.items()}
-    limits = {**given, **asked}
+    limits = {renamed(str(task)): number for task, number in {**given, **asked}.items()}
     numbers = {"perplexity_tokens": suites[0].perplexity_tokens} if suites else {}
     return {**numbers, **said, "limit": limits if len(limits) > 1 else limits[DEFAULT]}

@@ -40,7 +40,7 @@ SAME_MEASUREMENT = (
 )
 """Fields that must agree before two scores are compared."""
 SAME_ASKING = ("protocol", "metric", "chance", "higher_is_better", "num_fewshot")
-"""Fields that must agree between a task and its twin."""
+"""Fields that must agree between a task and its reworded one."""
 
 SIGNIFICANT = 0.05
 """Below it, after Holm's correction, a difference is called better or worse, in every table and sentence."""
@@ -290,38 +290,38 @@ def no_retention(teacher: TaskScore) -> str:
     return ""
 
 
-def share_items(own: TaskScore, twin: TaskScore) -> bool:
+def share_items(own: TaskScore, reworded: TaskScore) -> bool:
     """Whether at least half of the items of the shorter have the same ids, which a form gap is taken over."""
-    return 2 * len({item.id for item in own.items} & {item.id for item in twin.items}) >= min(own.n, twin.n)
+    return 2 * len({item.id for item in own.items} & {item.id for item in reworded.items}) >= min(own.n, reworded.n)
 
 
-def form_gap(own: TaskScore, twin: TaskScore) -> PairedDifference:
-    """own - twin, item by item: what the form that training text may have adds to the score of the same content.
+def form_gap(own: TaskScore, reworded: TaskScore) -> PairedDifference:
+    """own - reworded, item by item: what the form that training text may have adds to the score of the same content.
 
     Over the items that both have, since a limit may have left one of them fewer. Interval and test as in paired.
 
     Raises:
         UserError: the two are asked in different ways, or fewer than half of the items have equal ids.
     """
-    _require_same_content(own, twin)
-    binary = is_binary(own) and is_binary(twin)
-    return paired_values(*_aligned(twin, own), binary=binary, higher_is_better=own.higher_is_better)
+    _require_same_content(own, reworded)
+    binary = is_binary(own) and is_binary(reworded)
+    return paired_values(*_aligned(reworded, own), binary=binary, higher_is_better=own.higher_is_better)
 
 
-def form_influences(own: TaskScore, twin: TaskScore) -> dict[str, float]:
+def form_influences(own: TaskScore, reworded: TaskScore) -> dict[str, float]:
     """How far each item, by id, moves the form gap."""
-    own_N, twin_N, weights_N = _aligned(own, twin)
-    return dict(zip(_shared_ids(own, twin), _moves(own_N - twin_N, weights_N).tolist(), strict=True))
+    own_N, reworded_N, weights_N = _aligned(own, reworded)
+    return dict(zip(_shared_ids(own, reworded), _moves(own_N - reworded_N, weights_N).tolist(), strict=True))
 
 
 def form_gap_change(
     before: tuple[TaskScore, TaskScore], after: tuple[TaskScore, TaskScore]
 ) -> tuple[float, float, float]:
-    """The form gap of ``after`` minus that of ``before`` with its 95 % interval; each is (own, twin).
+    """The form gap of ``after`` minus that of ``before`` with its 95 % interval; each is (own, reworded).
 
     Over the items that all four have. 0/1 scores: the limits of both gaps added as squares, with the correlation of the
     items' gaps. (Resampling covers 78 % instead of 95 % with 40 items of which nearly all are right.) Others:
-    mean_limits of (own - twin) after minus before.
+    mean_limits of (own - reworded) after minus before.
 
     Raises:
         UserError: as form_gap does, or a task was measured with different settings before and after.
@@ -329,13 +329,13 @@ def form_gap_change(
     for first, second in zip(before, after, strict=True):
         require_same_measurement(first, second)
     _require_same_content(*before)
-    own_before_N, twin_before_N, own_after_N, twin_after_N, weights_N = _aligned(*before, *after)
-    gap_before_N, gap_after_N = own_before_N - twin_before_N, own_after_N - twin_after_N
+    own_before_N, reworded_before_N, own_after_N, reworded_after_N, weights_N = _aligned(*before, *after)
+    gap_before_N, gap_after_N = own_before_N - reworded_before_N, own_after_N - reworded_after_N
     if not all(map(is_binary, (*before, *after))):
         higher = before[0].higher_is_better
         change = paired_values(gap_before_N, gap_after_N, weights_N, binary=False, higher_is_better=higher)
         return change.difference, change.ci_low, change.ci_high
-    tables = (paired_table(twin_before_N, own_before_N), paired_table(twin_after_N, own_after_N))
+    tables = (paired_table(reworded_before_N, own_before_N), paired_table(reworded_after_N, own_after_N))
     (before_low, before_high), (after_low, after_high) = (newcombe_paired(**table) for table in tables)
     varies = len(set(gap_before_N)) > 1 and len(set(gap_after_N)) > 1
     correlation_22 = np.corrcoef(-gap_before_N, gap_after_N) if varies else np.eye(2)
@@ -422,13 +422,13 @@ def _aligned(*scores: TaskScore) -> tuple[Array, ...]:
     return tuple(np.array(values, dtype=np.float64) for values in aligned)
 
 
-def _require_same_content(own: TaskScore, twin: TaskScore) -> None:
+def _require_same_content(own: TaskScore, reworded: TaskScore) -> None:
     """Refuse two scores that are not of the same items in two forms."""
-    told = next(_unequal(own, twin, SAME_ASKING), None)
-    if told is None and not share_items(own, twin):
-        told = f"fewer than half of {min(own.n, twin.n)} items have the same id"
+    told = next(_unequal(own, reworded, SAME_ASKING), None)
+    if told is None and not share_items(own, reworded):
+        told = f"fewer than half of {min(own.n, reworded.n)} items have the same id"
     if told:
         raise UserError(
-            f"tasks {own.task!r} and {twin.task!r}: {told}; a task and its twin differ in form "
-            "only, correct the description of the twin"
+            f"tasks {own.task!r} and {reworded.task!r}: {told}; a reworded task differs in its wording "
+            "only, correct its description"
         )

@@ -19,12 +19,12 @@ from shoal.stats.paired import Retention, form_gap, kept_change, retention
 
 
 def in_columns(share: float) -> tuple[TaskScore, ...]:
-    """A look-up and its twin, which is harder, an ability that no text trains, and two benchmarks."""
+    """A look-up, reworded too, which is harder, an ability that no text trains, and two benchmarks."""
     own = choice("retrieval_generation", share + 0.1, protocol="generation")
-    twin = choice("retrieval_generation", share - 0.1, protocol="generation")
+    reworded = choice("retrieval_generation", share - 0.1, protocol="generation")
     return (
         replace(own, column="in"),
-        replace(twin, task="retrieval_twin_generation", column="twin", twin_of="retrieval_generation"),
+        replace(reworded, task="retrieval_reworded_generation", column="reworded", reworded_of="retrieval_generation"),
         replace(choice("needle_generation", share, protocol="generation"), column="out"),
         replace(choice("arc_continuation", share, ability="knowledge"), column="public"),
         replace(choice("piqa_continuation", share, ability="knowledge"), column="public"),
@@ -69,13 +69,13 @@ def test_models_rank_by_columns_outside_the_trained_form_that_count_the_same(col
         *(("A", "teacher"), ("B", "distilled"), ("A", "distilled"), ("A", "pruned"), ("B", "pruned"))
     ]
     teacher, model = in_columns(0.9), in_columns(0.7)
-    looked_up, twin, needle, arc, piqa = (
+    looked_up, reworded, needle, arc, piqa = (
         retention(*pair).value or 0.0 for pair in zip(teacher[:5], model[:5], strict=True)
     )
     assert found[1].mean is not None
-    assert found[1].mean.value == pytest.approx((twin + needle + (arc + piqa) / 2) / 3)
+    assert found[1].mean.value == pytest.approx((reworded + needle + (arc + piqa) / 2) / 3)
     kept = {title: value.value for title, value in found[1].kept.items() if value}
-    assert list(kept) == ["Twin forms", "Untrained abilities", "Public benchmarks", "Trained form"]
+    assert list(kept) == ["Reworded questions", "Untrained abilities", "Public benchmarks", "Trained form"]
     assert kept["Public benchmarks"] == pytest.approx((arc + piqa) / 2)
     assert kept["Trained form"] == pytest.approx(looked_up)
 
@@ -107,7 +107,7 @@ def test_a_control_tells_what_the_text_teaches_and_what_is_still_lost_by_column(
     assert list(found) == [("A", "form learnt"), ("A", "still lost")]
     teacher, control, model = (in_columns(share)[1] for share in (0.9, 0.95, 0.7))
     for what, before, after in (("form learnt", teacher, control), ("still lost", control, model)):
-        told = found["A", what]["Twin forms"]
+        told = found["A", what]["Reworded questions"]
         assert told is not None
         assert astuple(told) == pytest.approx(kept_change(teacher, before, after))
     text = comparison_text(comparison)
@@ -121,7 +121,7 @@ def test_a_control_tells_what_the_text_teaches_and_what_is_still_lost_by_column(
 
 def test_the_page_says_what_ranks_and_the_figure_what_its_axis_holds(columned: RunComparison) -> None:
     text = comparison_text(columned)
-    assert "in the mean of twin forms, untrained abilities and public benchmarks." in text
+    assert "in the mean of reworded questions, untrained abilities and public benchmarks." in text
     assert re.search(r"B distilled keeps the most of its teacher: \d+ %", text)
     assert "each is the mean of its tasks and counts the same" in text
     against = "B distilled against A distilled"
@@ -131,7 +131,7 @@ def test_the_page_says_what_ranks_and_the_figure_what_its_axis_holds(columned: R
     assert "retrieval (generated" not in outside
     assert "The teacher's says how much harder that form is" in text
     data = as_data(columned)
-    assert data["ranked_by"] == ["Twin forms", "Untrained abilities", "Public benchmarks"]
+    assert data["ranked_by"] == ["Reworded questions", "Untrained abilities", "Public benchmarks"]
     assert data["standings"][1]["role"] == "distilled"
     assert data["standings"][0]["form_gap"]["value"] > 0
-    assert [task["column"] for task in data["tasks"]] == ["twin", "out", "public", "public", "in", ""]
+    assert [task["column"] for task in data["tasks"]] == ["reworded", "out", "public", "public", "in", ""]

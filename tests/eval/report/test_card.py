@@ -76,7 +76,7 @@ def test_the_trained_form_has_a_table_of_its_own_and_gaps_and_control_are_told(t
     card = model_card(write_formed(tmp_path)).replace("\\", "")
     opening, results = card.split("## Before and after")
     outside, inside = results.split("What distilling brought back")[0].split("### In the form of training text")
-    assert "| retrieval, twin, generated |" in outside
+    assert "| retrieval, reworded, generated |" in outside
     assert "| ARC easy, option text |" in outside
     assert "| retrieval, generated |" not in outside
     trained = next(line for line in inside.splitlines() if line.startswith("| retrieval, generated |"))

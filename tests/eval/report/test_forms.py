@@ -10,7 +10,7 @@ import pytest
 from results import FORMED_ROLES, formed, write_formed
 from told_report import told
 
-LOOK_UPS = ("retrieval_generation", "retrieval_twin_generation")
+LOOK_UPS = ("retrieval_generation", "retrieval_reworded_generation")
 
 
 def test_form_gaps_are_in_the_table_of_forms_and_more_than_the_teacher_is_no_share(tmp_path: Path) -> None:
@@ -21,31 +21,31 @@ def test_form_gaps_are_in_the_table_of_forms_and_more_than_the_teacher_is_no_sha
     assert "| +54 points [+43, +63], 98 % − 44 % | +50 points [" in section
     assert "−1.25 nats [" in section
     scores = text.split("**Scores with 95 % intervals")[1].split("**What the cut cost")[0]
-    assert scores.index("**Retrieval, twin forms**") < scores.index("**Retrieval, trained form**")
+    assert scores.index("**Retrieval, reworded questions**") < scores.index("**Retrieval, trained form**")
     assert "| more than the teacher |" in scores
     assert not re.search(r"1[0-9][1-9] %", text), "nothing is kept more than wholly"
     assert "What is still lost: distilled minus control" in text
-    assert "**Form learnt.** The distilled model does better in the trained form than in its twin, where the" in text
-    assert "Concerned: retrieval (twin, generated) and reasoning (twin, worked answers)." in text
+    assert "**Form learnt.** The distilled model does better in the trained form than when reworded, where the" in text
+    assert "Concerned: retrieval (reworded, generated) and reasoning (reworded, worked answers)." in text
 
 
 @pytest.mark.parametrize(
     ("roles", "said"),
     [
         (("teacher", "pruned", "distilled"), "A control (eval.control), never cut and trained alike, tells what such"),
-        (FORMED_ROLES, "alike, gained there too: retrieval (twin, generated)."),
+        (FORMED_ROLES, "alike, gained there too: retrieval (reworded, generated)."),
     ],
 )
-def test_a_twin_above_the_teacher_is_a_caution_that_asks_the_control(
+def test_a_reworded_task_above_the_teacher_is_a_caution_that_asks_the_control(
     tmp_path: Path, roles: tuple[str, ...], said: str
 ) -> None:
     folder = write_formed(tmp_path, roles=roles)
     assert "More than was lost" not in told(folder)
     for role in {"distilled", "control"} & {*roles}:
         made = formed(role)
-        own, twin = (next(task for task in made.tasks if task.task == name) for name in LOOK_UPS)
-        above = replace(own, task=twin.task, column="twin", twin_of=twin.twin_of)
-        tasks = tuple(above if task is twin else task for task in made.tasks)
+        own, reworded = (next(task for task in made.tasks if task.task == name) for name in LOOK_UPS)
+        above = replace(own, task=reworded.task, column="reworded", reworded_of=reworded.reworded_of)
+        tasks = tuple(above if task is reworded else task for task in made.tasks)
         replace(made, tasks=tasks).save(folder / "eval" / f"{role}.json")
     text = told(folder)
     assert "**More than was lost.** The distilled model beats its teacher in forms that its training text" in text

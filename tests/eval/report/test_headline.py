@@ -32,13 +32,13 @@ def test_five_sentences_say_what_was_lost_came_back_and_is_still_lost(tmp_path: 
     assert cut.startswith("6 of the 30 decoder layers of demo:smollm2-135m were cut out (layers 12 to 14, 21, 25, 26, ")
     assert lost == (
         "Without training the cut model keeps 48 % [40, 56] of what the teacher has above chance on 4 tasks outside "
-        "the trained form, and least on retrieval, twin, generated (20 % [7, 36])."
+        "the trained form, and least on retrieval, reworded, generated (20 % [7, 36])."
     )
     assert back == "Training brings that to 68 % [60, 76]: +20 points [+15, +26]."
     assert missing == (
         "The control, the uncut model after the same training, has +33 points [+26, +42] more: that much is still lost."
     )
-    assert follows.startswith("Train longer, or cut fewer layers: clearly worse than the teacher on retrieval (twin")
+    assert follows.startswith("Train longer, or cut fewer layers: clearly worse than the teacher on retrieval (rewo")
 
 
 def test_a_run_that_max_minutes_made_smaller_says_so_first(tmp_path: Path) -> None:

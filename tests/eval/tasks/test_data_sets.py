@@ -65,41 +65,42 @@ def asked(name: str, folder: Path | None, number: int = 0) -> list[tuple[Any, ..
 def test_every_task_says_how_its_items_relate_to_healing_text() -> None:
     for data in DATA_SETS.values():
         if data.bundled in GENERATORS:
-            assert data.column in ("in", "twin", "out"), data.dataset
+            assert data.column in ("in", "reworded", "out"), data.dataset
         else:  # what others wrote is public, but for look-ups in the very form that text has
             assert data.column == ("in" if "kv_file" in data.dataset else None if data.bundled else "public")
         for protocol in data.protocols:
             told = task_config(data, protocol, None)["metadata"]
-            assert (told["column"], told.get("twin_of", "")) == (data.column or "", data.twin_under(protocol))
-            assert (data.column == "twin") == ("twin_of" in told), data.dataset
+            assert (told["column"], told.get("reworded_of", "")) == (data.column or "", data.reworded_under(protocol))
+            assert (data.column == "reworded") == ("reworded_of" in told), data.dataset
 
 
-TWIN = """\
-dataset: my_twin
+REWORDED = """\
+dataset: my_reworded
 about: {about}
 ability: retrieval
-column: twin
-twin_of: {twin_of}
+column: reworded
+reworded_of: {reworded_of}
 bundled: retrieval
 protocols: [continuation]
 parts: {parts}
 """
 
 
-def test_a_twin_names_the_task_whose_items_it_asks_again(tmp_path: Path) -> None:
-    twin = {"about": "mine", "twin_of": "retrieval_{}pairs", "parts": "{values: [20, 50], setting: num_pairs}"}
-    (tmp_path / "own.yaml").write_text(TWIN.format(**twin))
-    tasks = load_tasks(["my_twin_20_continuation", "my_twin_50_continuation"], include_path=tmp_path)
-    told = [(task.config.metadata["column"], task.config.metadata["twin_of"]) for task in tasks.values()]
-    assert told == [("twin", "retrieval_20pairs_continuation"), ("twin", "retrieval_50pairs_continuation")]
-    misspelt, untrained = {"twin_of": "retrival_{}pairs"}, {"twin_of": "needles_{}of80", "parts": "{values: [2, 4]}"}
+def test_a_reworded_data_set_names_the_task_whose_items_it_asks_again(tmp_path: Path) -> None:
+    reworded = {"about": "mine", "reworded_of": "retrieval_{}pairs", "parts": "{values: [20, 50], setting: num_pairs}"}
+    (tmp_path / "own.yaml").write_text(REWORDED.format(**reworded))
+    tasks = load_tasks(["my_reworded_20_continuation", "my_reworded_50_continuation"], include_path=tmp_path)
+    told = [(task.config.metadata["column"], task.config.metadata["reworded_of"]) for task in tasks.values()]
+    assert told == [("reworded", "retrieval_20pairs_continuation"), ("reworded", "retrieval_50pairs_continuation")]
+    misspelt = {"reworded_of": "retrival_{}pairs"}
+    untrained = {"reworded_of": "needles_{}of80", "parts": "{values: [2, 4]}"}
     for task, wrong, message in (
-        ("my_twin_20", misspelt, r"'my_twin_20': twin_of is 'retrival_.*no .* task 'retrival_20pairs_continuation'"),
-        ("my_twin_2", untrained, r"twin_of is 'needles_.*of the column in has a task 'needles_2of80"),
+        ("my_reworded_20", misspelt, r"'my_reworded_20': reworded_of is 'retrival_.*no .* task 'retrival_20pairs_cont"),
+        ("my_reworded_2", untrained, r"reworded_of is 'needles_.*of the column in has a task 'needles_2of80"),
     ):
         folder = tmp_path / task
         folder.mkdir()
-        (folder / "own.yaml").write_text(TWIN.format(**twin | wrong))
+        (folder / "own.yaml").write_text(REWORDED.format(**reworded | wrong))
         with pytest.raises(UserError, match=message):
             load_tasks([f"{task}_continuation"], include_path=folder)
 

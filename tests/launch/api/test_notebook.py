@@ -21,7 +21,7 @@ from shoal.models.resolve import DEMO_REMEDY
 NOTEBOOK = Path(__file__).parents[3] / "docs/first_steps.ipynb"
 SMALLER = {"NUM_DROP": 2, "MEASURED_TOKENS": 256, "TRAINED_TOKENS": 1024, "LENGTH": 128, "ITEMS": 11}
 """Budgets of a test; 11 is as few items as a sweep of 30 layers takes."""
-SHORT = {"SWEPT": ["knowledge_continuation"], "TASKS": ["knowledge_continuation", "knowledge_twin_continuation"]}
+SHORT = {"SWEPT": ["knowledge_continuation"], "TASKS": ["knowledge_continuation", "knowledge_reworded_continuation"]}
 """Tasks of the fewest tokens, for a real model."""
 
 

@@ -1,4 +1,4 @@
-"""Forms: the same content in other words, and none of the twin forms in training text."""
+"""Forms: the same content in other words, and none of the reworded ones in training text."""
 
 from __future__ import annotations
 
@@ -43,21 +43,23 @@ def test_a_form_changes_neither_content_nor_identity_nor_place_of_the_answer(abi
 def test_there_are_six_forms_of_every_ability_and_both_kinds_of_them() -> None:
     for forms in FORMS.values():
         assert len({form.name for form in forms}) == len(forms) >= 6
-        assert Counter(form.twin for form in forms).keys() == {True, False}
-        assert min(Counter(form.twin for form in forms).values()) >= 3
-        assert not forms[0].twin
+        assert Counter(form.reworded for form in forms).keys() == {True, False}
+        assert min(Counter(form.reworded for form in forms).values()) >= 3
+        assert not forms[0].reworded
 
 
 @pytest.mark.parametrize("ability", FORMS)
-def test_twins_take_turns_and_no_trained_form_is_among_them(ability: str) -> None:
-    twins = [form.name for form in FORMS[ability] if form.twin]
-    count = 4 * len(twins)
-    by_form = {name: [item.context for item in made(ability, name, count)] for name in (*twins, FORMS[ability][0].name)}
-    asked = [item.context for item in made(ability, "twin", count)]
+def test_reworded_forms_take_turns_and_no_trained_form_is_among_them(ability: str) -> None:
+    others = [form.name for form in FORMS[ability] if form.reworded]
+    count = 4 * len(others)
+    forms = (*others, FORMS[ability][0].name)
+    by_form = {name: [item.context for item in made(ability, name, count)] for name in forms}
+    asked = [item.context for item in made(ability, "reworded", count)]
     places = [[name for name, contexts in by_form.items() if contexts[index] == asked[index]] for index in range(count)]
     assert all(len(names) == 1 for names in places)
-    assert Counter(names[0] for names in places) == dict.fromkeys(twins, 4)
-    assert [names[0] for names in places[: len(twins)]] != [names[0] for names in places[len(twins) : 2 * len(twins)]]
+    assert Counter(names[0] for names in places) == dict.fromkeys(others, 4)
+    half = len(others)
+    assert [names[0] for names in places[:half]] != [names[0] for names in places[half : 2 * half]]
 
 
 def test_no_example_of_a_fact_shows_its_answer() -> None:
@@ -98,12 +100,12 @@ def test_spelled_numbers() -> None:
 
 
 @pytest.mark.prove
-def test_training_text_has_every_trained_form_and_no_twin() -> None:
+def test_training_text_has_every_trained_form_and_no_reworded_one() -> None:
     text = "\n\n".join(training_texts(num_texts=600, seed=3))
     for ability, forms in FORMS.items():
         for form in forms:
             found = [tell for tell in telling(form) if re.search(tell, text)]
-            assert bool(found) == (not form.twin), (ability, form.name, found)
+            assert bool(found) == (not form.reworded), (ability, form.name, found)
     paraphrases = [f"{relation.paraphrase.format('{subject}')} {{target}}" for relation in RELATIONS.values()]
     assert not [words for words in paraphrases if re.search(pattern(words), text)]
 

@@ -1,4 +1,4 @@
-"""Requests whose answers a program checks: rules tell right from wrong, chance levels are simulated, twins differ.
+"""Requests whose answers a program checks: rules tell right from wrong, chance levels are simulated, wordings differ.
 
 Covers: shoal.abilities.checks.
 """
@@ -74,30 +74,30 @@ def items_of(kind: str, form: str | None = None) -> list[Item]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_twin_asks_the_same_item(kind: str) -> None:
-    own, twins = items_of(kind), items_of(kind, "twin")
-    assert [(one.id, one.params) for one in own] == [(other.id, other.params) for other in twins]
+def test_a_reworded_request_asks_the_same_item(kind: str) -> None:
+    own, reworded = items_of(kind), items_of(kind, "reworded")
+    assert [(one.id, one.params) for one in own] == [(other.id, other.params) for other in reworded]
     assert len({item.id for item in own}) == 60
-    assert not {one.context for one in own} & {other.context for other in twins}
+    assert not {one.context for one in own} & {other.context for other in reworded}
 
 
 def wordings(told: Any) -> Iterator[dict[str, str]]:
-    """Every wording for training text with the one for twins."""
-    if isinstance(told, dict) and {"own", "twin"} <= told.keys():
-        yield {form: told[form] for form in ("own", "twin")}
+    """Every wording for training text with the reworded one."""
+    if isinstance(told, dict) and {"own", "reworded"} <= told.keys():
+        yield {form: told[form] for form in ("own", "reworded")}
     for part in told.values() if isinstance(told, dict) else told if isinstance(told, list) else ():
         yield from wordings(part)
 
 
-def test_twins_share_no_words_in_succession_with_other_requests_or_training_text() -> None:
-    texts, own_pieces, twin_pieces = "\n".join(training_texts(num_texts=200, seed=0)), set[str](), set[str]()
+def test_reworded_requests_share_no_words_in_succession_with_other_requests_or_training_text() -> None:
+    texts, own_pieces, reworded_pieces = "\n".join(training_texts(num_texts=200, seed=0)), set[str](), set[str]()
     for pair in wordings(table("instructed")):
-        for pieces, text in ((own_pieces, pair["own"]), (twin_pieces, pair["twin"])):
+        for pieces, text in ((own_pieces, pair["own"]), (reworded_pieces, pair["reworded"])):
             words = (re.findall(r"[\w']+", piece.lower()) for piece in re.split(r"\{\w+\}", text))
             pieces |= {" ".join(own[place : place + 4]) for own in words for place in range(len(own) - 3)}
-    assert len(twin_pieces) > 40
-    assert not own_pieces & twin_pieces
-    assert not [piece for piece in twin_pieces if piece in texts.lower()]
+    assert len(reworded_pieces) > 40
+    assert not own_pieces & reworded_pieces
+    assert not [piece for piece in reworded_pieces if piece in texts.lower()]
 
 
 def test_every_rule_is_asked_equally_often_and_seeds_differ() -> None:

@@ -86,16 +86,16 @@ def test_before_after_figure_shows_scores_intervals_and_chance(tmp_path: Path) -
     assert {"teacher", "pruned", "distilled", "chance", "option text"} <= set(texts(tmp_path / "a.svg"))
 
 
-def test_before_after_figure_shows_twins_first_and_names_the_trained_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_after_figure_shows_reworded_tasks_first_and_the_trained_form(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(figure: Figure) -> list[str]:
         return [text.get_text() for text in figure.axes[0].texts]
 
     own = choice("teacher", "retrieval_generation", "retrieval", "generation")
-    twin = choice("teacher", "retrieval_twin_generation", "retrieval", "generation")
-    models = [evaluation("teacher", tasks=(replace(own, column="in"), replace(twin, column="twin")))]
-    assert rows(before_after_figure(models)) == ["twin, generated", "generated, trained form"]
+    reworded = choice("teacher", "retrieval_reworded_generation", "retrieval", "generation")
+    models = [evaluation("teacher", tasks=(replace(own, column="in"), replace(reworded, column="reworded")))]
+    assert rows(before_after_figure(models)) == ["reworded, generated", "generated, trained form"]
     monkeypatch.setattr("shoal.figures.scores.MAX_TASKS", 1)
-    assert rows(before_after_figure(models)) == ["twin, generated"]
+    assert rows(before_after_figure(models)) == ["reworded, generated"]
 
 
 def test_names_from_data_stay_text(tmp_path: Path) -> None:

@@ -143,17 +143,17 @@ FORMS = {"no change": (0.7, 0.5, 0.7, 0.5), "learnt": (0.64, 0.6, 0.9, 0.5)}
 
 
 def form(rng: np.random.Generator, n: int, kind: str) -> Iterator[Held]:
-    own, twin, own_after, twin_after = FORMS[kind]
-    before, twin_before, after, twin_later = roles(rng, n, FORMS[kind], 0.5)
-    gap = ours.form_gap(after, twin_later)
-    yield "gap", gap.ci_low, gap.ci_high, own_after - twin_after
-    change = ours.form_gap_change((before, twin_before), (after, twin_later))
-    yield "change of the gap", *change[1:], (own_after - twin_after) - (own - twin)
+    own, other, own_after, other_after = FORMS[kind]
+    before, other_before, after, other_later = roles(rng, n, FORMS[kind], 0.5)
+    gap = ours.form_gap(after, other_later)
+    yield "gap", gap.ci_low, gap.ci_high, own_after - other_after
+    change = ours.form_gap_change((before, other_before), (after, other_later))
+    yield "change of the gap", *change[1:], (own_after - other_after) - (own - other)
 
 
 def form_of_nats(rng: np.random.Generator, n: int) -> Iterator[Held]:
-    own, twin, own_after, twin_after = (rng.gamma(4.0, mean / 4, size=n) for mean in (2.0, 2.2, 1.0, 2.0))
-    scores = [task(one, nats=True) for one in (own, twin, own_after, twin_after)]
+    own, other, own_after, other_after = (rng.gamma(4.0, mean / 4, size=n) for mean in (2.0, 2.2, 1.0, 2.0))
+    scores = [task(one, nats=True) for one in (own, other, own_after, other_after)]
     yield (
         "change of the gap",
         *ours.form_gap_change((scores[0], scores[1]), (scores[2], scores[3]))[1:],
@@ -198,11 +198,11 @@ def mean_over_tasks(rng: np.random.Generator, n: int, shared: float) -> Iterator
 
 def mean_form(rng: np.random.Generator, n: int) -> Iterator[Held]:
     """Over two ways to ask the same items, each in two forms."""
-    shares = {"a": 0.8, "a_twin": 0.6, "b": 0.7, "b_twin": 0.4}
+    shares = {"a": 0.8, "a_reworded": 0.6, "b": 0.7, "b_reworded": 0.4}
     drawn = answers(rng, n, list(shares.values()), 0.5)
-    twins = {name: name.removesuffix("_twin") for name in shares if name.endswith("_twin")}
+    other = {name: name.removesuffix("_reworded") for name in shares if name.endswith("_reworded")}
     scores = {
-        name: task(own, replace(ABOUT, task=name, twin_of=twins.get(name, "")))
+        name: task(own, replace(ABOUT, task=name, reworded_of=other.get(name, "")))
         for name, own in zip(shares, drawn, strict=True)
     }
     gap = mean_form_gap(scores, Groups({"all": tuple(scores.values())}, ("all",)))

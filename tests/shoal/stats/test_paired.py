@@ -248,14 +248,14 @@ def answers(rng: np.random.Generator, n: int, shares: Sequence[float], shared: f
     return [(own_N < stats.norm.ppf(share)).astype(float) for own_N, share in zip(ability_KN, shares, strict=True)]
 
 
-def test_a_form_gap_is_own_minus_twin_over_the_items_that_both_have() -> None:
+def test_a_form_gap_is_own_minus_reworded_over_the_items_that_both_have() -> None:
     own = task([1, 1, 0, 1, 1, 0, 1, 1])
-    twin = dataclasses.replace(task([0, 1, 0, 0, 1, 1]), task="t_twin", version="2")
-    found = ours.form_gap(own, twin)
+    other = dataclasses.replace(task([0, 1, 0, 0, 1, 1]), task="t_reworded", version="2")
+    found = ours.form_gap(own, other)
     assert (found.n, found.won, found.lost, found.test) == (6, 2, 1, "mcnemar-exact")
     assert found.difference == pytest.approx(4 / 6 - 3 / 6)
     assert (found.ci_low, found.ci_high) == pytest.approx(ours.newcombe_paired(both=2, won=2, lost=1, neither=1))
-    reverse = ours.form_gap(twin, own)
+    reverse = ours.form_gap(other, own)
     assert (reverse.difference, reverse.ci_low, reverse.ci_high) == pytest.approx(
         (-found.difference, -found.ci_high, -found.ci_low)
     )
@@ -263,9 +263,9 @@ def test_a_form_gap_is_own_minus_twin_over_the_items_that_both_have() -> None:
 
 def test_a_form_gap_of_nats_is_the_weighted_mean_of_the_items_differences() -> None:
     rng = np.random.default_rng(4)
-    own_N, twin_N, weights_N = rng.normal(1, 0.3, 60), rng.normal(1.4, 0.3, 60), rng.uniform(1, 3, 60)
-    found = ours.form_gap(nats(own_N, weights_N.tolist()), nats(twin_N, weights_N.tolist()))
-    assert found.difference == pytest.approx(math.fsum(weights_N * (own_N - twin_N)) / math.fsum(weights_N))
+    own_N, other_N, weights_N = rng.normal(1, 0.3, 60), rng.normal(1.4, 0.3, 60), rng.uniform(1, 3, 60)
+    found = ours.form_gap(nats(own_N, weights_N.tolist()), nats(other_N, weights_N.tolist()))
+    assert found.difference == pytest.approx(math.fsum(weights_N * (own_N - other_N)) / math.fsum(weights_N))
     assert found.ci_low < found.difference < found.ci_high < 0
     assert found.won > found.lost, "fewer nats in the own form"
 
@@ -275,31 +275,32 @@ def test_a_form_gap_of_nats_is_the_weighted_mean_of_the_items_differences() -> N
     [
         (
             {"protocol": "generation"},
-            r"'t' and 't_twin': protocol is 'continuation' in one evaluation and 'generation'",
+            r"'t' and 't_reworded': protocol is 'continuation' in one evaluation and 'generation'",
         ),
         ({"metric": "acc_norm"}, "metric is 'acc'"),
         ({"chance": 0.1}, "chance is 0.25"),
-        ({"num_fewshot": 3}, "num_fewshot is 0 in one evaluation and 3 in the other; a task and its twin differ"),
+        ({"num_fewshot": 3}, "num_fewshot is 0 in one evaluation and 3 in the other; a reworded task differs"),
         ({"items": task([1, 0, 1, 0, 1, 1, 1]).items[4:], "n": 3}, "fewer than half of 3 items have the same id"),
     ],
 )
-def test_what_is_no_twin_is_refused(change: dict[str, object], message: str) -> None:
-    twin = dataclasses.replace(task([1, 0, 1, 0]), task="t_twin", **change)  # pyright: ignore[reportArgumentType]
+def test_what_is_not_the_same_task_reworded_is_refused(change: dict[str, object], message: str) -> None:
+    other = dataclasses.replace(task([1, 0, 1, 0]), task="t_reworded", **change)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=message):
-        ours.form_gap(task([1, 1, 0, 1]), twin)
+        ours.form_gap(task([1, 1, 0, 1]), other)
 
 
 @pytest.mark.parametrize("make", [task, nats])
 def test_a_change_of_the_form_gap_is_a_difference_of_differences(make: Callable[..., TaskScore]) -> None:
     rng = np.random.default_rng(5)
-    own_before, twin_before = answers(rng, 90, (0.6, 0.6), 0.0)
+    own_before, other_before = answers(rng, 90, (0.6, 0.6), 0.0)
     # most answers stay, so the two gaps go together
-    own_after, twin_after = np.maximum(own_before, rng.random(90) < 0.3), twin_before * (rng.random(90) < 0.9)
+    own_after, other_after = np.maximum(own_before, rng.random(90) < 0.3), other_before * (rng.random(90) < 0.9)
     if make is nats:
-        own_after, twin_after = own_after + rng.normal(0, 0.1, 90), twin_after + rng.normal(0, 0.1, 90)
-    before, after = (make(own_before), make(twin_before)), (make(own_after), make(twin_after))
+        own_after, other_after = own_after + rng.normal(0, 0.1, 90), other_after + rng.normal(0, 0.1, 90)
+    before, after = (make(own_before), make(other_before)), (make(own_after), make(other_after))
     change, low, high = ours.form_gap_change(before, after)
-    per_item = [(a - b) - (c - d) for a, b, c, d in zip(own_after, twin_after, own_before, twin_before, strict=True)]
+    scores = zip(own_after, other_after, own_before, other_before, strict=True)
+    per_item = [(a - b) - (c - d) for a, b, c, d in scores]
     assert change == pytest.approx(math.fsum(per_item) / 90)
     # a normal interval of the items' mean, which both ways of making one come near in the middle of the scale
     error = stats.sem(per_item)
