@@ -401,7 +401,7 @@ def _attention_scale(num_layers_of_27b: int) -> Rule:
             return None
         return (
             f"llama.cpp scales the attention of a model of {num_layers} layers by 1/sqrt({assumed}), this one needs "
-            f"1/sqrt({actual}); it knows the other scale only for {num_layers_of_27b} layers, the uncut 27B"
+            f"1/sqrt({actual}); it knows the other scale only for {num_layers_of_27b} layers, as in the 27B model"
         )
 
     return rule

@@ -148,8 +148,8 @@ def _warn_without_signal(name: str, importance: Importance) -> None:
     if name in (*importance.layers, *importance.runs, *importance.orders):
         return
     for column in swept_columns(name, importance):
-        if column.higher_is_better and column.no_retention:
-            log.warning("prune: %s says little about layers: %s", column.task, column.no_retention)
+        if column.higher_is_better and column.no_share:
+            log.warning("prune: %s says little about layers: %s", column.task, column.no_share)
 
 
 def _explicit(prune: CutThese, num_layers: int) -> Choice:

@@ -57,7 +57,7 @@ OTHER = ("#0f9d75", "^")
 class RoleUse:
     """How one model uses its layers for one task; one number per layer that it has."""
 
-    intact: Estimate
+    baseline: Estimate
     left: tuple[Estimate, ...]
     """Share of the score above chance that is left without each layer, or nats per token that this adds; empty where
     there is no share."""
@@ -182,9 +182,7 @@ def _runs(run: Run, settings: Settings) -> dict[str, tuple[Run, tuple[int, ...]]
         found[BESIDE], kept[BESIDE] = resolved(settings.beside, None), every
         require_same_tokenizer({"teacher": run.teacher, **found}, trust_remote_code=run.recipe.trust_remote_code)
     if not found:
-        raise UserError(
-            f"shoal lab depth_use: {run.dir} holds no cut model yet; run `shoal prune`, or name one as beside"
-        )
+        raise UserError(f"shoal lab depth_use: {run.dir} has no pruned model yet; run `shoal prune`, or set beside")
     layers_alone = replace(sweep, operators=("layer",))
     runs = {"teacher": (run, every)}
     for role, folder in found.items():
@@ -287,7 +285,7 @@ def _left(
     left: dict[str, _Left] = {}
     for model in models:
         column = columns[model.role]
-        if column.higher_is_better and column.no_retention:
+        if column.higher_is_better and column.no_share:
             continue
         scores_NK = stacked[model.role][:, 1:]
         means = np.average(scores_NK, axis=0, weights=weights_N), left_out_means(scores_NK, weights_N)
@@ -302,11 +300,11 @@ def _left(
 
 def _role(column: SweepColumn, left: _Left | None, n: float) -> RoleUse:
     if left is None:
-        return RoleUse(column.intact, (), None, len(column.critical), column.no_retention)
+        return RoleUse(column.baseline, (), None, len(column.critical), column.no_share)
     sign = 1.0 if column.higher_is_better else -1.0
     found = left.centroids()
     return RoleUse(
-        intact=column.intact,
+        baseline=column.baseline,
         left=estimates(sign * left.left_out_NL, sign * left.value_L, n),
         centroid=None if found is None else _centre(*found, n),
         num_critical=len(column.critical),

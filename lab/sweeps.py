@@ -199,9 +199,9 @@ def cumulative_figure(sweep: Sweep) -> Figure:
     gone = [len(component.layers) for component in sweep.units]
     with figure_style():
         for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
-            scores = [column.intact, *(effect.score for effect in column.effects)]
+            scores = [column.baseline, *(effect.score for effect in column.effects)]
             band(ax, [0, *gone], scores, SERIES_COLOURS[index % 5], SERIES_STYLE[index % 5])
-            ax.axhline(column.intact.value, color=FAINT, lw=1)
+            ax.axhline(column.baseline.value, color=FAINT, lw=1)
             if column.higher_is_better:
                 ax.axhline(column.chance, color=INK, lw=1, ls=(0, (3, 2)))
                 ax.text(

@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if verb is not None and verb not in VERBS:
         word = OTHER_WORDS.get(verb)
         hint = f"did you mean `shoal {word}`?" if word else meant(verb, VERBS, f"there are {', '.join(VERBS)}")
-        parser.error(f"{redacted_arguments([verb])[0]}: no such verb; {hint}")
+        parser.error(f"{redacted_arguments([verb])[0]}: no such command; {hint}")
     if verb is not None and VERBS[verb].reads_recipe and not told:
         argv = list(_with_keys_as_words(parser, argv, VERBS[verb].sections))
     # overrides may stand before, between and after options; argparse alone takes them in one block only

@@ -299,7 +299,7 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
         plan = Plan(Provenance({}), num_layers, gone, reason="not known", width=width)
     spec = replace(train_spec(original, student, plan, section, Ranks.here()), model=name_of(teacher or model))
     if spec.runs_teacher and teacher is None:
-        raise UserError("teacher_model: is missing, and the losses compare the student with one; give the uncut model")
+        raise UserError("teacher_model: is missing, and the losses compare the student with one; give the teacher")
     if (lora := section.lora) is not None and (lora.load_in_4bit or spec.deepspeed.stage == 3):
         raise UserError(
             "peft_config: 4-bit weights and ZeRO 3 need the student's files to make plain weights of adapters; set "

@@ -152,7 +152,7 @@ class LocalShapley(_OfSubnetworks):
         intact = losses([INTACT])[0]
         if -intact <= chance:
             log.warning(
-                "%s: the intact model's loss, %.4g nats per token, is that of guessing (%.4g) or worse; no walk is cut "
+                "%s: the teacher's loss, %.4g nats per token, is not below that of guessing (%.4g); no walk is cut "
                 "short there",
                 name,
                 intact,

@@ -75,7 +75,7 @@ class VariantLosses:
                 for number, (loss, bad) in zip(found, torch.stack(list(found.values())).tolist(), strict=True):
                     sums[number] += loss
                     if fault is None and bad < len(reads):
-                        without = f"model without {variants[number].name}" if variants[number].edits else "intact model"
+                        without = f"model without {variants[number].name}" if variants[number].edits else "teacher"
                         fault = batch[reads[int(bad)][0]].row, f"the loss of the {without}"
                 if fault is not None:
                     break

@@ -88,7 +88,7 @@ def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, i
     elif not torch.equal(expected.text_1S, actual.text_1S):
         problem = f"the saved student writes other text with a KV cache than {reference}"
     if problem:
-        refuse_broken_weights({"the cut model": student})
+        refuse_broken_weights({"the pruned model": student})
         raise UserError(f"{problem}; shoal cannot cut or narrow the {student.config.model_type} family exactly")
 
 

@@ -130,8 +130,8 @@ def student_names(names: Iterable[str], *, prefix: str, num_layers: int, keep: S
             kept[name] = f"{prefix}{new_index[layer]}.{rest}"
     if extra:
         log.warning(
-            "prune: %d tensors behind the last layer (%s, ...) are left out: they guess further tokens from the uncut "
-            "model's states",
+            "prune: %d tensors after the last layer (%s, ...) are dropped: they predict further tokens from the "
+            "teacher's states",
             len(extra),
             extra[0],
         )

@@ -66,7 +66,7 @@ def layer_losses(column: SweepColumn) -> tuple[float, ...] | None:
     """What each layer's removal costs, never below 0: 1 - retention; the increase for nats; None where undefined."""
     if not column.higher_is_better:
         return tuple(max(0.0, effect.change.value) for effect in column.effects)
-    kept = [effect.retention for effect in column.effects]
+    kept = [effect.share_kept for effect in column.effects]
     return None if None in kept else tuple(max(0.0, 1 - retention.value) for retention in kept if retention is not None)
 
 
@@ -79,16 +79,16 @@ def cornerstones(sweep: Sweep) -> tuple[int, ...]:
         UserError: no column has a retention.
     """
     columns = list(sweep.columns)
-    if all(column.no_retention for column in columns):
+    if all(column.no_share for column in columns):
         raise UserError(
-            "prune.protect: cornerstone needs a task on which the intact model is clear of chance, but the sweep has "
+            "prune.protect: cornerstone needs a task on which the teacher is clearly above chance, but the sweep has "
             "none; add one to measure.sweep.tasks, or name the layers to protect"
         )
     return tuple(
         position
         for position in range(len(sweep.units))
         if any(
-            (kept := column.effects[position].retention) is not None and kept.value < CORNERSTONE_RETENTION
+            (kept := column.effects[position].share_kept) is not None and kept.value < CORNERSTONE_RETENTION
             for column in columns
         )
     )
@@ -153,7 +153,7 @@ def depth_profile(swept: SweepColumn, column: Measured) -> DepthProfile:
     """
     losses = layer_losses(swept)
     if losses is None:
-        return DepthProfile(swept.task, None, swept.no_retention)
+        return DepthProfile(swept.task, None, swept.no_share)
     if len(losses) < 2 or sum(losses) == 0:
         return DepthProfile(swept.task, None, "no layer's removal makes it worse")
     if swept.higher_is_better:

@@ -137,15 +137,15 @@ def _line(column: SweepColumn, drop: Sequence[int]) -> str:
     critical = sorted(set(column.critical) & set(drop))
     if critical:
         text += f"; critical here: layer{'s' if len(critical) > 1 else ''} {layers_text(critical)}"
-    if column.higher_is_better and column.no_retention:
-        return f"{text}; no signal: {column.no_retention}"
+    if column.higher_is_better and column.no_share:
+        return f"{text}; no signal: {column.no_share}"
     return text if is_loss(column, change) or critical else f"{text}; no significant loss"
 
 
 def _text(column: SweepColumn, change: Estimate) -> str:
     """`62.0 % -> 50.0 %, -12.0 points [-18.1, -6.2]`, never below nothing or above everything."""
-    intact, after = column.intact.value, column.intact.value + change.value
-    if column.higher_is_better and column.intact.low >= 0 and column.intact.high <= 1:
+    intact, after = column.baseline.value, column.baseline.value + change.value
+    if column.higher_is_better and column.baseline.low >= 0 and column.baseline.high <= 1:
         after = min(1.0, max(0.0, after))
         limits = f"[{signed(100 * change.low, 1)}, {signed(100 * change.high, 1)}]"
         points = f"{signed(100 * change.value, 1)} points {limits}"

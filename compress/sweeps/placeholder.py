@@ -85,7 +85,7 @@ def _column(task: str, ability: str, protocol: str, num_layers: int) -> SweepCol
         n=0,
         version="",
         num_fewshot=0,
-        intact=NOTHING,
+        baseline=NOTHING,
         test="paired-t",
         effects=(NO_EFFECT,) * num_layers,
         correlation=tuple((0.0,) * layer + (1.0,) for layer in range(num_layers)),

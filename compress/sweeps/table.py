@@ -132,7 +132,7 @@ def _measured(task: TaskScore, variants: Sequence[TaskScore]) -> Measured:
         row, place = np.argwhere(~np.isfinite(scores_NK))[0]
         raise UserError(
             f"task {task.task!r}: item {ids[row]!r} has the score {scores_NK[row, place]} "
-            f"{f'in variant {place - 1}' if place else 'on the intact model'}; measure in another dtype (dtype: "
+            f"{f'in variant {place - 1}' if place else 'on the baseline'}; measure in another dtype (dtype: "
             "float32), or leave the task out"
         )
     weights_N = np.array([item.weight for item in task.items], dtype=np.float64)
@@ -150,7 +150,7 @@ def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> S
         Effect(
             score=scores[position],
             change=changes[position],
-            retention=None if isinstance(kept, str) else kept[position],
+            share_kept=None if isinstance(kept, str) else kept[position],
             p_value=p_values[position],
             adjusted_p=adjusted[position],
             critical=adjusted[position] < ALPHA and sign * changes[position].value < 0,
@@ -168,10 +168,10 @@ def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> S
         n=task.n,
         version=task.version,
         num_fewshot=task.num_fewshot,
-        intact=Estimate(task.score, task.ci_low, task.ci_high),
+        baseline=Estimate(task.score, task.ci_low, task.ci_high),
         test="mcnemar-exact" if column.is_binary else "paired-t",
         effects=effects,
-        no_retention=kept if isinstance(kept, str) else "",
+        no_share=kept if isinstance(kept, str) else "",
         correlation=_correlation_rows(column) if keep else (),
         **_text_shares(task),
     )
@@ -270,10 +270,10 @@ def retentions(column: Measured) -> list[Estimate] | str:
     if not task.higher_is_better:
         return f"{task.metric} has no chance level; read the change"
     if (sigmas := z_above_chance(task)) is None or sigmas <= SIGNAL_SIGMAS:
-        return f"the intact model is not clear of chance ({task.score:.2f} against {task.chance:.2f}, n = {task.n})"
+        return f"the baseline is not clearly above chance ({task.score:.2f} against {task.chance:.2f}, n = {task.n})"
     retained = [value for value in _retentions(column) if value is not None]
     if len(retained) < column.scores_NK.shape[1] - 1:
-        return f"the intact score ({task.score:.2f}) is too uncertain for a ratio to it, n = {task.n}"
+        return f"the baseline score ({task.score:.2f}) is too uncertain for a ratio to it, n = {task.n}"
     return retained
 
 
@@ -287,7 +287,7 @@ def write_items(
             "metric": task.metric,
             "ids": [item.id for item in task.items],
             "weights": [item.weight for item in task.items],
-            "intact": [item.score for item in task.items],
+            "baseline": [item.score for item in task.items],
             "without": {
                 unit: [item.score for item in scores[index].items] for unit, scores in zip(names, removed, strict=True)
             },
@@ -304,7 +304,7 @@ def read_items(folder: Path, task: str, *, num_units: int) -> dict[str, Array]:
     file = _file(folder, task)
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-        rows = [table["weights"], table["intact"], *table["without"].values()]
+        rows = [table["weights"], table["baseline"], *table["without"].values()]
         rows_KN = np.array(rows, dtype=np.float64)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: cannot be read ({error}); delete importance.json and measure again") from error

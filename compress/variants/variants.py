@@ -266,7 +266,7 @@ def layerwise_or_none(model: PreTrainedModel) -> Layerwise | None:
         return Layerwise(model)
     except UserError as error:
         if model not in _told:
-            log.info("%s; every variant runs through the whole model", error)
+            log.info("%s; every variant runs through all layers", error)
             _told.add(model)
         return None
 

@@ -74,8 +74,8 @@ def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
             model, or files of one run that do not belong together.
     """
     if len(folders) < 2:
-        instead = f"there is {folders[0]} alone" if folders else "there is none"
-        raise UserError(f"compare: needs two run directories or more, {instead}; for one run there is `shoal report`")
+        instead = f"got only {folders[0]}" if folders else "got none"
+        raise UserError(f"compare: needs at least two run directories, {instead}; for one run use `shoal report`")
     resolved = [folder.expanduser().resolve() for folder in folders]
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
@@ -86,7 +86,9 @@ def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
         for index, (run, name) in enumerate(runs)
     )
     if all(contender.is_model for contender in contenders):
-        raise UserError("compare: there is no run among these; a checkpoint is scored with the settings of one")
+        raise UserError(
+            "compare: pass at least one run directory; its evaluation settings are used for the other models"
+        )
     return contenders
 
 
@@ -144,10 +146,10 @@ def read_scored(folder: Path) -> Run:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
     if not any(role in run.evaluations for role in (*CUT_ROLES, MODEL)):
-        only = "only the teacher was evaluated" if run.evaluations else "holds no evaluation"
+        only = "only the teacher was evaluated" if run.evaluations else "has no evaluation"
         is_cut = any((folder / name).is_dir() for name in ("student", "distilled"))
         remedy = "run `shoal eval` with its recipe first" if is_cut else "run `shoal prune`, then `shoal eval` first"
-        raise UserError(f"{folder}: {only}, so there is no score of a cut model in eval/ to compare; {remedy}")
+        raise UserError(f"{folder}: {only}, so eval/ has no score of a pruned model to compare; {remedy}")
     return run
 
 
@@ -163,8 +165,8 @@ def _teacher_problems(contenders: Sequence[Contender]) -> Iterator[str]:
     for contender in contenders:
         if contender.teacher is None:
             yield (
-                f"{contender.run.folder}: does not say what its teacher is, having neither eval/teacher.json nor "
-                "plan.json; evaluate it, or say --across-teachers"
+                f"{contender.run.folder}: its teacher is unknown, because eval/teacher.json and plan.json are missing; "
+                "evaluate it, or add --across-teachers"
             )
         elif first.teacher is not None and contender.teacher != first.teacher:
             files = [
@@ -174,7 +176,7 @@ def _teacher_problems(contenders: Sequence[Contender]) -> Iterator[str]:
             names = [f" ({side.run.model})" if side.run.recipe else "" for side in (contender, first)]
             yield (
                 f"{files[0]}: model is {contender.teacher!r}{names[0]}, but {first.teacher!r}{names[1]} in {files[1]}: "
-                "another teacher; say --across-teachers to compare all the same"
+                "another teacher; add --across-teachers to compare anyway"
             )
 
 
@@ -191,7 +193,7 @@ def _shared_tasks(contenders: Sequence[Contender]) -> tuple[list[str], list[str]
         lacking = [file for file, known in names.items() if task not in known]
         if lacking:
             rest = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-            left_out.append(f"{task} is left out: it is not in {lacking[0]}{rest}.")
+            left_out.append(f"{task} is not compared: it is not in {lacking[0]}{rest}.")
         else:
             shared.append(task)
     if not shared:
@@ -218,8 +220,7 @@ def _without_token_counts(contenders: Sequence[Contender], tasks: list[str]) -> 
             return tasks, []
     per_token = [task for task in tasks if any("per_token" in score_of(own, task).metric for own in evaluations)]
     reasons = [
-        f"{task} is left out: it counts tokens, and the models' tokenizers cut text into other ones."
-        for task in per_token
+        f"{task} is not compared: it is a mean per token, and the models' tokenizers differ." for task in per_token
     ]
     return [task for task in tasks if task not in per_token], reasons
 
@@ -264,8 +265,8 @@ def _precision(contenders: Sequence[Contender]) -> str:
         return ""
     told = ", ".join(f"{letter} in {' and '.join(types)}" for letter, types in dtypes.items())
     return (
-        f"The runs were not scored in the same precision: {told}. Part of a difference between them may come from that "
-        "and not from the models; with the same `dtype` in all of them it could not."
+        f"The runs were scored in different precisions: {told}. Part of a difference may come from that; set the same "
+        "`dtype` in all of them to exclude it."
     )
 
 
@@ -275,9 +276,8 @@ def require_same_tokenizer(folders: Mapping[str, Path], *, trust_remote_code: bo
     for role, folder in others:
         if difference := tokenizer_difference(folder, reference, trust_remote_code=trust_remote_code):
             raise UserError(
-                f"{folder}: the tokenizer of {role} has {difference} than that of {first} ({reference}); scores of the "
-                f"two would be of different prompts. Copy the tokenizer files of {first} there, or make it again with "
-                "`shoal run`"
+                f"{folder}: the tokenizer of {role} has {difference} than that of {first} ({reference}), so "
+                f"prompts would differ. Copy the tokenizer files of {first} there, or repeat `shoal run`"
             )
 
 

@@ -81,7 +81,7 @@ class RunComparison:
     tasks: tuple[TaskScore, ...]
     """Scores of the first model, one per column of the table."""
     silent: frozenset[str]
-    """Tasks on which no intact teacher is clear of chance."""
+    """Tasks on which no teacher is clearly above chance."""
     models: tuple[Model, ...]
     """Teachers first, then every run's."""
     num_differences: int
@@ -216,15 +216,15 @@ def _timed_alike(contenders: Sequence[Contender]) -> tuple[set[str], list[str]]:
     """Letters of the runs that were timed as the first of them was, and why the others have no speed."""
     timed = {own.letter: _timing(own.run.speed) for own in contenders if own.run.speed is not None}
     if not timed:
-        return set(), ["No run has a speed: it was not measured (`eval.speed: true`)."]
+        return set(), ["No run has a speed: set `eval.speed: true` to measure it."]
     alike, reasons, (first, wanted) = set[str](), list[str](), next(iter(timed.items()))
     for letter in (own.letter for own in contenders):
         if letter not in timed:
-            reasons.append(f"{letter} has no speed: it was not measured there (`eval.speed: true`).")
+            reasons.append(f"{letter} has no speed: set `eval.speed: true` to measure it.")
         elif other := [field for field, value in wanted.items() if timed[letter][field] != value]:
             reasons.append(
-                f"The speeds of {letter} are left out: {other[0]} is {timed[letter][other[0]]!r} there and "
-                f"{wanted[other[0]]!r} in {first}, so they are not of one kind."
+                f"The speeds of {letter} are not shown: {other[0]} is {timed[letter][other[0]]!r} there and "
+                f"{wanted[other[0]]!r} in {first}."
             )
         else:
             alike.add(letter)
@@ -245,17 +245,17 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
             continue
         for role in CUT_ROLES:
             if role not in contender.run.evaluations:
-                yield f"{contender.letter} has no {role} model here: {contender.file(role)} does not exist."
+                yield f"{contender.letter} has no {role} model: {contender.file(role)} does not exist."
         if "teacher" not in contender.run.evaluations:
             same = teacher_of(contender, contenders)
-            said = "that of another run is used, of the same model" if same else "so nothing is known of what it kept"
-            yield f"{contender.letter} has no evaluation of its teacher; {said}."
+            use = "the evaluation of the same teacher in another run is used" if same else "it has no shares kept"
+            yield f"{contender.letter} has no evaluation of its teacher; {use}."
     if models := [contender for contender in contenders if contender.is_model]:
         beside = run_beside(contenders).letter
         names = listed(f"{contender.letter} ({contender.name})" for contender in models)
         yield (
-            f"{names}: no run but a model as it is, which was asked what {beside} was asked; what it “keeps” is its "
-            f"score above chance as a share of that of the teacher of {beside}."
+            f"{names}: a checkpoint without a run, scored with the settings of {beside}; its “share kept” is its score "
+            f"above chance divided by that of the teacher of {beside}."
         )
     judged = [contender for contender in contenders if "teacher" in contender.run.evaluations]
     for contender in judged[1:]:
@@ -276,7 +276,7 @@ def _other_writing(contenders: Sequence[Contender]) -> Iterator[str]:
             by_settings.setdefault(told, []).append(f"{contender.letter} {role}")
     if len(by_settings) > 1:
         told = "; ".join(f"{settings} in {listed(names)}" for settings, names in by_settings.items())
-        yield f"{WRITING} says how a model writes, not the same of all: {told}. Generated answers differ by that too."
+        yield f"{WRITING} differs between models: {told}. Generated answers depend on it."
 
 
 def _restless(first: Contender, other: Contender, common: Common) -> Iterator[str]:
@@ -286,7 +286,7 @@ def _restless(first: Contender, other: Contender, common: Common) -> Iterator[st
     binary = [difference for difference in differences if difference.test == "mcnemar-exact"]
     if changed := sum(difference.won + difference.lost for difference in binary):
         yield (
-            f"The same teacher answered {changed} of {sum(difference.n for difference in binary):,} items otherwise in "
-            f"{other.letter} than in {first.letter} (another machine, library or batch size): so much of a difference "
-            "means nothing."
+            f"The same teacher answered {changed} of {sum(difference.n for difference in binary):,} items differently "
+            f"in {other.letter} and {first.letter} (another machine, library or batch size). Differences of this size "
+            "mean nothing."
         )

@@ -47,7 +47,7 @@ class ParetoPoint:
 
 
 def pareto_panels(comparison: RunComparison) -> dict[Cost, list[ParetoPoint]]:
-    """Cost -> the models, but for controls; runs that share one share the point. Empty where no retention is known."""
+    """Cost -> the models, but for controls; runs that share one share the point. Empty if no share kept is known."""
     weights, shared = task_groups(comparison).weights, same_models(comparison)
     labels = {id(own): "" if own.role == "teacher" else own.contender.letter for own in comparison.models}
     labels |= {id(group[0]): ", ".join(own.contender.letter for own in group) for group in shared}
@@ -87,7 +87,7 @@ def _costs(comparison: RunComparison) -> list[Cost]:
 
 
 def draw(comparison: RunComparison, folder: Path) -> Picture | None:
-    """The figure, written to ``folder`` as SVG and PNG; None where no retention is known. Raises as picture does."""
+    """The figure, written to ``folder`` as SVG and PNG; None if no share kept is known. Raises as picture does."""
     panels = pareto_panels(comparison)
     if not panels:
         return None
@@ -115,7 +115,7 @@ def pareto_figure(panels: Mapping[Cost, Sequence[ParetoPoint]], names: Mapping[s
     with figure_style():
         for ax, (cost, points) in zip(axes, panels.items(), strict=True):
             _draw_panel(ax, cost, points)
-        axes[0].set_ylabel("kept of the teacher")
+        axes[0].set_ylabel("share kept")
         axes[0].set_title(short(title, 56), weight="bold", fontsize=10)
         handles, labels = axes[0].get_legend_handles_labels()
         shown = dict(zip(labels, handles, strict=True))

@@ -21,10 +21,10 @@ from ..report.page import DASH, Picture, Table, render
 from ..report.wording import (
     calibration_text,
     difference_text,
+    kept_text,
     limits_text,
     p_text,
     points_text,
-    retention_text,
     score_text,
     score_words,
     tasks_text,
@@ -72,7 +72,7 @@ def contents(comparison: RunComparison, figure: Picture | None = None) -> dict[s
         "in_trained_form": groups.columns == {"in"},
         "outside": groups.outside,
         "controls": _control_table(comparison, groups),
-        "costs": Table("Models and their costs", COSTS, tuple(map(_cost_row, comparison.models))),
+        "costs": Table("Costs", COSTS, tuple(map(_cost_row, comparison.models))),
         "figure": figure,
         "panels": pareto_panels(comparison),
         "has_teacher": any(model.role == "teacher" for model in comparison.models),
@@ -108,7 +108,7 @@ def as_data(comparison: RunComparison) -> dict[str, Any]:
                 "mean": _fields(own.mean),
                 "against": _fields(own.against),
                 "kept": {title: _fields(value) for title, value in own.kept.items()},
-                "form_gap": _fields(own.form),
+                "wording_gap": _fields(own.form),
             }
             for own in standings(comparison, groups)
         ],
@@ -155,7 +155,7 @@ def _fields(value: Any, names: Sequence[str] | None = None) -> Any:
 
 
 def verdicts(comparison: RunComparison) -> Iterator[str]:
-    """What may be said of every run against the first, sentence by sentence."""
+    """Every run against the first, sentence by sentence."""
     yield from _first(comparison)
     first = comparison.contenders[0].letter
     compared = [model for model in comparison.models if any(cell.difference for cell in model.cells)]
@@ -166,14 +166,14 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
         against += ", in another precision" if len(dtypes) > 1 else ""
         cells = [cell for cell in model.cells if cell.score.task not in comparison.silent]
         trained = [cell for cell in cells if cell.score.column == "in"]
-        for where, own in (("", [c for c in cells if c not in trained]), (", in the trained form", trained)):
+        for where, own in (("", [c for c in cells if c not in trained]), (", in the trained wording", trained)):
             if told := _told(own):
                 yield f"{against}{where}: {told}."
     if comparison.num_differences:
         yield (
-            f"“Better” and “worse” are said where p is below {SIGNIFICANT:g} after Holm's correction over all "
-            f"{comparison.num_differences} differences of the table. An interval says how large its own difference may "
-            "be, and can leave out 0 where the corrected test shows none."
+            f"A difference is “better” or “worse” only if p is below {SIGNIFICANT:g} after Holm's correction over all "
+            f"{comparison.num_differences} differences. The intervals are not corrected, so an interval can exclude 0 "
+            "without a verdict."
         )
 
 
@@ -187,13 +187,13 @@ def _told(cells: Sequence[Cell]) -> str:
 
 
 def _first(comparison: RunComparison) -> Iterator[str]:
-    """Which model ranks first, by what, and what is above the teacher."""
+    """Which model ranks first, by which mean, and which models are above the teacher."""
     groups = task_groups(comparison)
     ranked = [standing for standing in standings(comparison, groups) if standing.model.role != "teacher"]
     if ranked and ranked[0].mean:
         of_several = "the mean of " if len(groups.that_rank) > 1 else ""
         best = [standing for standing in ranked if standing.mean and standing.mean.value == ranked[0].mean.value]
-        shown = f"{retention_text(ranked[0].mean)} in {of_several}{_inside(groups.that_rank)}."
+        shown = f"{kept_text(ranked[0].mean)} in {of_several}{_inside(groups.that_rank)}."
         most = "reaches the most of the" if ranked[0].model.role == MODEL else "keeps the most of its"
         if len(best) > 1:
             yield f"No model is first: {listed([_model_name(standing.model) for standing in best])} have {shown}"
@@ -209,8 +209,7 @@ def _first(comparison: RunComparison) -> Iterator[str]:
     }
     if told := "; ".join(f"in {_inside([title])} {listed(names)}" for title, names in above.items() if names):
         yield (
-            f"More than the teacher: {told}. A cut cannot have taken away more than the teacher had, so the surplus is "
-            "learnt from the text."
+            f"Above the teacher: {told}. Pruning cannot cause that, so the surplus is learnt from the training text."
         )
 
 
@@ -218,26 +217,26 @@ def _runs_table(comparison: RunComparison) -> Table:
     rows = []
     for contender in comparison.contenders:
         run = contender.run
-        cut = run.plan.in_words() if run.plan else "none" if contender.is_model else "plan.json is not there"
+        cut = run.plan.in_words() if run.plan else "none" if contender.is_model else "no plan.json"
         how = run.plan.reason if run.plan else DASH
         rows.append((contender.letter, contender.name, run.model if run.recipe else DASH, cut, how))
-    columns = ("Run", "Name", "Model", "Cut", "How it was chosen")
-    return Table("The runs and their cuts", columns, tuple(rows), frozenset(range(len(columns))))
+    columns = ("Run", "Name", "Model", "Dropped", "How it was chosen")
+    return Table("Runs", columns, tuple(rows), frozenset(range(len(columns))))
 
 
 def _standing_table(comparison: RunComparison, ranked: Sequence[Standing], groups: Groups) -> Table:
     """What every model keeps by column."""
     columns = {"Model": [_model_name(standing.model) for standing in ranked]}
     if len(groups.that_rank) > 1:
-        columns["Mean"] = [retention_text(standing.mean) for standing in ranked]
+        columns["Mean"] = [kept_text(standing.mean) for standing in ranked]
     if any(standing.against for standing in ranked):
         against = [_change_text(standing.against) for standing in ranked]
         columns[f"Against {comparison.contenders[0].letter}"] = against
-    columns |= {title: [retention_text(standing.kept[title]) for standing in ranked] for title in groups.tasks}
+    columns |= {title: [kept_text(standing.kept[title]) for standing in ranked] for title in groups.tasks}
     if any(standing.form for standing in ranked):
-        columns["Form gap"] = [_change_text(standing.form) for standing in ranked]
+        columns["Wording gap"] = [_change_text(standing.form) for standing in ranked]
     rows = tuple(zip(*columns.values(), strict=True))
-    return Table("Kept of the teacher, those that keep the most first", tuple(columns), rows)
+    return Table("Share kept, highest first", tuple(columns), rows)
 
 
 def _control_table(comparison: RunComparison, groups: Groups) -> Table:
@@ -246,8 +245,8 @@ def _control_table(comparison: RunComparison, groups: Groups) -> Table:
         for (letter, effect), changes in controls(comparison, groups).items()
         for before, after in [CONTROLLED[effect]]
     ]
-    caption = "What the control tells: the uncut teacher, trained on the same text with the same settings"
-    return Table(caption, ("Change of what is kept", *groups.tasks), tuple(rows))
+    caption = "Control: the teacher after the same training on the same text"
+    return Table(caption, ("Change of the share kept", *groups.tasks), tuple(rows))
 
 
 def _inside(titles: Sequence[str]) -> str:
@@ -292,7 +291,7 @@ def _task_table(comparison: RunComparison, index: int) -> Table:
 
 def _task_row(comparison: RunComparison, model: Model, index: int) -> tuple[str, ...]:
     cell = model.cells[index]
-    row = (_model_name(model), score_text(cell.score), retention_text(cell.kept))
+    row = (_model_name(model), score_text(cell.score), kept_text(cell.kept))
     if cell.difference is None:
         return (*row, _no_difference(comparison, model), DASH, DASH)
     first = next(
@@ -320,30 +319,28 @@ def _no_difference(comparison: RunComparison, model: Model) -> str:
 
 
 def _known(comparison: RunComparison) -> list[str]:
-    """What a reader has to know before the numbers mean anything."""
+    """Notes that limit what the numbers show."""
     lines = [*([comparison.precision] if comparison.precision else []), *comparison.left_out]
     for group in same_models(comparison):
         letters = listed(model.contender.letter for model in group)
-        lines.append(f"The {group[0].role} models of {letters} are one and the same: their weights are equal.")
+        lines.append(f"The {group[0].role} models of {letters} have equal weights.")
     if few := [task for task in comparison.tasks if task.n < FEW_ITEMS]:
         lines.append(f"Too few items: fewer than {FEW_ITEMS}, so {FEW_ITEMS_MEAN}: {tasks_text(few)}.")
     if silent := [task for task in comparison.tasks if task.task in comparison.silent]:
-        lines.append(
-            f"No signal on {tasks_text(silent)}: the intact teacher is not more than "
-            f"{SIGNAL_SIGMAS:.0f} standard errors above guessing there, so no sentence and no figure rests on it."
-        )
+        asked = tasks_text(silent)
+        lines.append(f"No signal on {asked}: the teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance.")
     if any(cell.difference and cell.difference.few_changed for model in comparison.models for cell in model.cells):
         lines.append(FEW_CHANGED_MEAN)
     return [*lines, *comparison.notes]
 
 
 def _versions_table(comparison: RunComparison) -> Table:
-    """What made the scores, run by run: equal values stand once."""
+    """Versions and settings of the evaluations, run by run."""
     provenances = [next(iter(c.run.evaluations.values())).provenance for c in comparison.contenders]
     fields = list(dict.fromkeys(field for provenance in provenances for field in provenance.environment))
     values = [(field, [str(p.environment.get(field, DASH)) for p in provenances]) for field in fields]
     values += [(field, [str(p.inputs.get(field, DASH)) for p in provenances]) for field in ("attention", "seed")]
     values.append(("dtype", [dtype_of(c, next(iter(c.run.evaluations))) for c in comparison.contenders]))
-    columns = ("What", *(c.letter for c in comparison.contenders))
+    columns = ("Setting", *(c.letter for c in comparison.contenders))
     rows = tuple((field.replace("_", " "), *row) for field, row in values)
     return Table("Versions and settings of the evaluations", columns, rows, frozenset(range(len(columns))), folded=True)

@@ -1,9 +1,8 @@
-"""Where every model stands: what it keeps by column, the mean that ranks it, its form gap, and what a control tells.
+"""The ranking of models: shares kept by column, the mean that ranks, the wording gap, and the effects of a control.
 
 Means are over shares kept of the teacher's score above chance, in which tasks of any metric are of one unit; each
-column counts the same. What is trained comes back in the form of the training text first, so what ranks is measured
-outside that form: reworded questions, abilities that no text trains and public benchmarks. Only where there is nothing
-of that, everything ranks.
+column counts the same. A model recovers in the trained wording first, so only reworded questions, abilities
+that no text trains and public benchmarks rank. If there are none of these, everything ranks.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import numpy as np
 
 from shoal.artifacts.evaluation import Interval, Scores, TaskScore
 from shoal.stats.means import TaskScores, correlations, mean_change, weighted_sum
-from shoal.stats.paired import form_gap, form_influences, share_items
+from shoal.stats.paired import share_items, wording_gap, wording_influences
 from shoal.task_words import COLUMNS, PROTOCOLS
 
 from .compare import Cell, Model, RunComparison, teacher_of
 
 HEADLINE = ("reworded", "out", "public")
-"""Columns outside the form of the training text."""
-CONTROLLED = {"form learnt": ("teacher", "control"), "still lost": ("control", "distilled")}
-"""What a control tells -> roles before and after."""
+"""Columns outside the trained wording."""
+CONTROLLED = {"learnt from the text": ("teacher", "control"), "still lost": ("control", "distilled")}
+"""Effect that a control shows -> roles before and after."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Groups:
 
     @property
     def outside(self) -> bool:
-        """Whether what ranks is outside the form of training text."""
+        """Whether the tasks that rank are outside the trained wording."""
         return self.columns <= set(HEADLINE)
 
     @property
@@ -64,7 +63,7 @@ class Standing:
     kept: dict[str, Interval | None]
     """Mean over the tasks of each group."""
     form: Interval | None
-    """Score in the trained form minus score when reworded, mean over the reworded tasks; None where there are none."""
+    """Score in the trained wording minus score when reworded, mean over the reworded tasks; None if there are none."""
 
 
 def task_groups(comparison: RunComparison) -> Groups:
@@ -86,7 +85,7 @@ def group_title(task: TaskScore) -> str:
 
 
 def standings(comparison: RunComparison, groups: Groups) -> list[Standing]:
-    """The teachers, then every cut model, those that keep the most first."""
+    """The teachers, then every other model, those that keep the most first."""
     per_model = [_standing(comparison, model, groups) for model in comparison.models if model.role != "control"]
     return sorted(
         per_model,
@@ -110,7 +109,7 @@ def controls(comparison: RunComparison, groups: Groups) -> dict[tuple[str, str],
 
 
 def mean_kept(cells: Sequence[Cell], weights: Mapping[str, float]) -> Interval | None:
-    """The mean retention by ``weights`` of tasks, with the interval that theirs add up to; None where one has none."""
+    """The mean share kept by ``weights`` of tasks, with the interval that theirs add up to; None where one has none."""
     cells = [cell for cell in cells if cell.score.task in weights]
     kept = [cell.kept for cell in cells if cell.kept is not None and cell.kept.value is not None]
     if not cells or len(kept) < len(cells):
@@ -130,20 +129,20 @@ def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standi
         before = by_task(first.run.evaluations[model.rival])
         against = mean_change(by_task(teacher), before, scores, groups.weights)
     kept = {title: mean_kept(model.cells, even_weights(tasks)) for title, tasks in groups.tasks.items()}
-    return Standing(model, mean_kept(model.cells, groups.weights), against, kept, mean_form_gap(scores, groups))
+    return Standing(model, mean_kept(model.cells, groups.weights), against, kept, mean_wording_gap(scores, groups))
 
 
-def mean_form_gap(scores: TaskScores, groups: Groups) -> Interval | None:
-    """The mean form gap over the reworded tasks of ``groups``; None where there are none."""
+def mean_wording_gap(scores: TaskScores, groups: Groups) -> Interval | None:
+    """The mean wording gap over the reworded tasks of ``groups``; None where there are none."""
     usable = {task.task: task for tasks in groups.tasks.values() for task in tasks}
     reworded = [scores[name] for name, task in usable.items() if task.reworded_of in usable]
     reworded = [score for score in reworded if share_items(scores[score.reworded_of], score)]
     pairs = [(scores[score.reworded_of], score) for score in reworded]
-    gaps = [form_gap(*pair) for pair in pairs]
+    gaps = [wording_gap(*pair) for pair in pairs]
     if not gaps:
         return None
     limits = [(gap.difference, gap.ci_low, gap.ci_high) for gap in gaps]
-    together = correlations(reworded, [form_influences(*pair) for pair in pairs])
+    together = correlations(reworded, [wording_influences(*pair) for pair in pairs])
     return weighted_sum([1 / len(gaps)] * len(gaps), limits, together)
 
 

@@ -36,13 +36,13 @@ TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
 PICTURES = {
     "before_after": "Scores before and after, with 95 % intervals",
     "levels": "Scores by level of difficulty",
-    "importance": "What each layer was worth; those that were taken out are hatched",
+    "importance": "Importance of each layer; dropped layers are hatched",
     "training": "Training loss and learning rate by step",
 }
 """Figures that a card shows, as far as the run has drawn them."""
 SHOWN_DIFFERENCES = (("pruned", "distilled"), ("teacher", "control"), ("control", "distilled"))
 """(before, after) that a card has a table for; every score stands above them."""
-TRAINED_FORM = "in the form of training text"
+TRAINED_WORDING = "in the trained wording"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
     run = read_run(run_dir)
     if run.plan is None:
         raise UserError(
-            f"{run_dir / 'plan.json'}: no such file; a model card describes a cut model, run `shoal prune` first"
+            f"{run_dir / 'plan.json'}: no such file; a model card describes a pruned model, run `shoal prune` first"
         )
     base = base_model(run)
     revision = (run.recipe or {}).get("revision")
@@ -159,7 +159,7 @@ def _is_smaller(run: Run) -> bool:
 
 
 def _asked_teacher(run: Run) -> bool:
-    """Whether anything was learnt of the teacher: by a loss term, by layers healed before, or by text it wrote."""
+    """Whether anything was learnt from the teacher: by a loss term, or by text it wrote."""
     sources = ((run.recipe or {}).get("distill") or {}).get("data") or ()
     return _losses(run) != ["cross_entropy"] or any(source.get("generate") for source in sources)
 
@@ -200,8 +200,8 @@ def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
         about["base_model_value"] = round(teacher.score, 6)
     kept = row.retained.get(role)
     if kept is not None and kept.value is not None and kept.ci_low is not None and kept.ci_high is not None:
-        about["retention"] = round(kept.value, 6)
-        about |= {"retention_low": round(kept.ci_low, 6), "retention_high": round(kept.ci_high, 6)}
+        about["share_kept"] = round(kept.value, 6)
+        about |= {"share_kept_low": round(kept.ci_low, 6), "share_kept_high": round(kept.ci_high, 6)}
     return EvalResult(
         task_type="text-generation",
         task_name=f"{score.ability} ({score.protocol}{where})",
@@ -210,7 +210,7 @@ def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
         dataset_config=score.protocol,
         dataset_args={"protocol": score.protocol, "num_few_shot": score.num_fewshot, "task_version": score.version},
         metric_type="accuracy" if is_share(score) and score.metric == "acc" else score.metric,
-        metric_name=f"{score.metric} {TRAINED_FORM}" if score.column == "in" else score.metric,
+        metric_name=f"{score.metric} {TRAINED_WORDING}" if score.column == "in" else score.metric,
         metric_value=round(score.score, 6),
         metric_args=about,
     )

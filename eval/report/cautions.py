@@ -20,21 +20,21 @@ from .wording import MAX_NAMES, named_or_counted, score_words, task_names
 HELD_OUT = "python_docs_heldout"
 """The bundled source that belongs to evaluation."""
 WIDE_GAP = 0.2
-"""Difference in retention from which two protocols are said to disagree."""
+"""Difference in the share kept from which two protocols disagree."""
 NEAR_CHANCE = 0.1
-"""A teacher whose interval reaches further above chance is not said to be at chance: too few items tell."""
+"""A teacher whose interval reaches further above chance may be above it: there are too few items."""
 OFTEN = 0.2
 """Share of generated texts from which a defect is mentioned."""
 RATES = {
-    "malformed": ("cannot be read", "Held no answer that could be read, which counts as wrong"),
-    "repetition": ("loop", "Ended in a loop"),
-    "cut_off": ("are cut off", "Were cut off by the limit of new tokens"),
+    "malformed": ("have no readable answer", "Without a readable answer, which counts as wrong"),
+    "repetition": ("end in a loop", "Ending in a loop"),
+    "cut_off": ("are cut off", "Cut off by the limit of new tokens"),
 }
 """Rate -> the defect in short and in full."""
 
 
 class Caution(NamedTuple):
-    """One thing that a reader has to know before a number is believed."""
+    """One thing that a reader has to know before using a number."""
 
     about: str
     lead: str
@@ -44,7 +44,7 @@ class Caution(NamedTuple):
 
 
 def cautions(run: Run, comparison: Comparison) -> tuple[Caution, ...]:
-    """Everything that was found to speak against the numbers, the gravest first."""
+    """Everything that limits what the numbers show, the most serious first."""
     return (
         *_settings(run, comparison),
         *_overlap(run),
@@ -59,10 +59,10 @@ def cautions(run: Run, comparison: Comparison) -> tuple[Caution, ...]:
 def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:
     if refused := comparison.refused:
         count = "One score is" if len(refused) == 1 else f"{len(refused)} scores are"
-        yield Caution("Settings differ", f"{count} left out of the tables, because settings differ.", refused)
+        yield Caution("Settings differ", f"{count} not in the tables, because the settings differ.", refused)
     if unpaired := comparison.formless:
         lead = "Reworded questions with other items are compared by score alone, not item by item."
-        yield Caution("No form gap", lead, unpaired)
+        yield Caution("No wording gap", lead, unpaired)
     versions = {
         role: {"dtype": own.provenance.inputs.get("dtype", "not recorded"), **own.provenance.environment}
         for role, own in run.evaluations.items()
@@ -97,14 +97,14 @@ def _overlap(run: Run) -> Iterator[Caution]:
     if run.training:
         yield from _overlap_of(run, _Text("training", "the training text", run.training.data))
     if run.plan and run.plan.text:
-        yield from _overlap_of(run, _Text("calibration", "the text that the cut was fitted to", run.plan.text))
+        yield from _overlap_of(run, _Text("calibration", "the text that the changes were fitted to", run.plan.text))
 
 
 def _overlap_of(run: Run, text: _Text) -> Iterator[Caution]:
     about = f"Overlap of {text.use} and evaluation"
     overlap: Mapping[str, Any] = text.data.get("overlap") or {}
     if HELD_OUT in (text.data.get("sources") or {}):
-        told = f"{HELD_OUT}, which is evaluation text, is part of {text.called}: perplexity on it shows nothing here."
+        told = f"{HELD_OUT}, which is evaluation text, is part of {text.called}: its perplexity has no meaning here."
         yield Caution(about, told)
     found = [
         f"{counts['found']} of {counts['compared']} of {', '.join(task_words(task))}"
@@ -112,11 +112,11 @@ def _overlap_of(run: Run, text: _Text) -> Iterator[Caution]:
         if counts["found"]
     ]
     if found:
-        lead = f"Evaluation items were found in {text.searched}, by 13 words in succession: {'; '.join(found)}."
+        lead = f"Evaluation items occur in {text.searched} (13 equal words in a row): {'; '.join(found)}."
         yield Caution(about, lead)
     if unknown := _not_searched(run, text, overlap):
         told = "; ".join(unknown)
-        yield Caution(about, f"It was not checked whether {text.use} text and evaluation items overlap for: {told}.")
+        yield Caution(about, f"Not checked for overlap of {text.use} text and evaluation items: {told}.")
 
 
 def disjointness(run: Run) -> str | None:
@@ -125,11 +125,10 @@ def disjointness(run: Run) -> str | None:
         return None
     text = _Text("training", "the training text", run.training.data)
     if overlap := text.data.get("overlap"):
-        return f"No evaluation item of {len(overlap)} tasks was found in {text.searched}, by 13 words in succession."
+        return f"No evaluation item of {len(overlap)} tasks occurs in {text.searched} (13 equal words in a row)."
     return (
-        "Training and evaluation items are disjoint: a hash of its content puts every fact, word and documentation "
-        "topic into one of two splits; training draws from the one, evaluation from the other. What the teacher wrote "
-        "itself starts from training documents."
+        "Training and evaluation share no items: a hash of the content puts every fact, word and documentation topic "
+        "into the training split or the evaluation split. Texts written by the teacher start from training documents."
     )
 
 
@@ -161,87 +160,84 @@ def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
     count = "one score" if len(better) == 1 else f"{len(better)} scores"
     yield Caution(
         "Better than its teacher",
-        f"The distilled model beats its teacher on {count}: it may have learnt the form of the questions.",
+        f"The distilled model beats its teacher on {count}: it may have learnt the wording of the questions.",
         (
-            f"Concerned: {named_or_counted(better)}.",
-            "Its training text has that form, with other items."
-            if seen
-            else "Whether its training text has that form is not known here.",
-            "More than the teacher says that this form is answered better, not that the model can do more.",
+            f"Tasks: {named_or_counted(better)}.",
+            f"{'Its' if seen else 'It is not known whether its'} training text has this wording, with other items.",
+            "The model answers this wording better than the teacher; that does not show that it can do more.",
         ),
     )
 
 
 def _form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
-    """Whether what came back is the ability, as far as reworded questions and public benchmarks tell."""
+    """Whether the ability was recovered, as far as reworded questions and public benchmarks show."""
     if "distilled" not in run.evaluations:
         return
     clear = [row for row in rows if row.has_signal and len(row.scores) > 1]
     if any(row.column for row in clear) and not any(row.column in ("reworded", "public") for row in clear):
         yield Caution(
             "No reworded questions and no public benchmark",
-            "Whether the ability came back or the form of the questions was learnt cannot be told from this run.",
-            ("It takes tasks that ask the same items in a form that no training text has, or a public benchmark.",),
+            "This run cannot show whether the ability was recovered or the wording of the questions was learnt.",
+            ("Add tasks that ask the same items reworded, or a public benchmark.",),
         )
     better = [row for row in clear if row.column not in ("in", "") and row.verdict("teacher", "distilled") == "better"]
     if better:
         gained = [row for row in better if row.verdict("teacher", "control") == "better"]
-        told = "A control (eval.control), never cut and trained alike, tells what such text teaches."
+        told = "A control (eval.control), the teacher after the same training, shows what this text teaches."
         if "control" in run.evaluations:
-            gains = f"gained there too: {named_or_counted(gained)}" if gained else "is not shown to gain there"
-            told = f"The control, never cut and trained alike, {gains}."
+            gains = f"gained there too: {named_or_counted(gained)}" if gained else "does not clearly gain there"
+            told = f"The control (the teacher after the same training) {gains}."
         yield Caution(
             "More than was lost",
-            "The distilled model beats its teacher in forms that its training text does not have: the text taught the "
-            "ability itself, so these scores do not measure what the cut took.",
-            (f"Concerned: {named_or_counted(better)}.", told),
+            "The distilled model beats its teacher in wordings that its training text does not have: the text taught "
+            "the ability itself, so these scores do not measure what pruning took.",
+            (f"Tasks: {named_or_counted(better)}.", told),
         )
     if learnt := [row for row in clear if row.form and row.form.is_learnt("distilled")]:
         yield Caution(
-            "Form learnt",
-            "The distilled model does better in the trained form than when reworded, where the teacher does not.",
-            (f"Concerned: {named_or_counted(learnt)}.", "Rely on the score when reworded; the rest is the form."),
+            "Wording learnt",
+            "The distilled model gained more in the trained wording than on the same questions reworded.",
+            (f"Tasks: {named_or_counted(learnt)}.", "Rely on the scores when reworded."),
         )
 
 
 def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
     silent = [row for row in rows if not row.has_signal]
     unknown = [row for row in silent if row.scores["teacher"].ci_high > row.scores["teacher"].chance + NEAR_CHANCE]
-    told = f"The intact teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance on "
-    ends = ("No conclusion rests on that; see “No signal here”.",)
+    told = f"The teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance on "
+    ends = ("No conclusion uses these tasks; see “No signal here”.",)
     if at_chance := [row for row in silent if row not in unknown]:
         yield Caution("At chance from the start", f"{told}{named_or_counted(at_chance)}.", ends)
-        told, ends = "Neither is it on ", ()
     if unknown:
-        lead = f"{told}{named_or_counted(unknown)}, but with so few items it may be well above it."
+        lead = f"{told}{named_or_counted(unknown)}, but may be: there are too few items to show it."
         yield Caution("Not shown to be above chance", lead, ends)
     if few := [row for row in rows if row.any_score.n < FEW_ITEMS]:
         lead = f"Fewer than {FEW_ITEMS} items, so {FEW_ITEMS_MEAN}: {named_or_counted(few)}."
         yield Caution("Too few items", lead)
     if hidden := [told for pair in PAIRS if (told := _hidden(rows, *pair))]:
         yield Caution(
-            "Too small to show",
-            "Where no clear change is found, there may be one that these items are too few to show.",
-            ("From which size on a true change, taken alone, shows four times out of five:", *hidden),
+            "Too few items for small changes",
+            "“No clear change” does not mean no change: these items can show only larger ones.",
+            ("Smallest true change of one task that a test finds in four of five runs:", *hidden),
         )
 
 
 def _hidden(rows: Sequence[Row], before: str, after: str) -> str:
-    """From which size on a change would have shown where none did; empty where all are clear."""
+    """The smallest change that would have been found, for all that are not clear; empty if all are clear."""
     told = [f"{task_names([row])} {least}" for row in rows if (least := _detectable(row, before, after)) is not None]
     more = [f"and {len(told) - MAX_NAMES} more tasks"] if len(told) > MAX_NAMES else []
     return f"{before.capitalize()} to {after}: {'; '.join([*told[:MAX_NAMES], *more])}." if told else ""
 
 
 def _detectable(row: Row, before: str, after: str) -> str | None:
-    """What an unclear comparison could have shown at all; None where it is clear or not there."""
+    """The smallest change that an unclear comparison could have shown; None if it is clear or missing."""
     if row.verdict(before, after) != "unclear" or not row.has_signal:
         return None
     least = minimal_detectable_difference(row.scores[before], row.scores[after])
     if math.isinf(least) or (is_share(row.any_score) and least >= 1):
-        return f"at no size, as too few of {row.any_score.n:,} answers changed"
+        return f"none (too few of {row.any_score.n:,} answers changed)"
     size = f"{100 * least:.1f} points" if is_share(row.any_score) else f"{least:.3f} {row.key[2].replace('_', ' ')}"
-    return f"from {size} on, with {row.any_score.n:,} items"
+    return f"{size} ({row.any_score.n:,} items)"
 
 
 def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
@@ -254,7 +250,7 @@ def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
                 kept = [f"{_kept_words(row.retained[role].value or 0.0)} {task_names([row])}" for row in pair]
                 told.append(f"The {role} model keeps {kept[0]}, but {kept[1]}.")
     if told:
-        lead = "What is kept depends on how the model is asked: no number alone tells what it can do."
+        lead = "The share kept depends on the protocol: no single number describes the model."
         yield Caution("Protocols disagree", lead, tuple(told))
     asked: dict[str, set[str]] = {}
     for row in rows:
@@ -262,9 +258,9 @@ def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
             asked.setdefault(row.ability, set()).add(row.key[1])
     if one_way := [ability for ability, protocols in asked.items() if protocols <= set(LIKELIHOOD_PROTOCOLS)]:
         yield Caution(
-            "Never asked to write",
+            "No generated text",
             f"{listed(one_way)}: scored by likelihood only.",
-            ("A damaged model can still rank options well while it no longer writes a usable answer.",),
+            ("A damaged model can still rank options well and be unable to write a usable answer.",),
         )
 
 
@@ -287,6 +283,6 @@ def _written_text(rows: Sequence[Row]) -> Iterator[Caution]:
             defects.append(defect)
             told.append(f"{sentence}: {'; '.join(f'{role} {listed(own)}' for role, own in by_role.items())}.")
     if told:
-        whose = listed(role for role in ROLES if role in roles)
-        lead = f"Many texts of the {whose} {'model' if len(roles) == 1 else 'models'} {listed(defects, 'or')}."
+        models = f"{listed(role for role in ROLES if role in roles)} {'model' if len(roles) == 1 else 'models'}"
+        lead = f"Many texts of the {models} {listed(defects, 'or')}."
         yield Caution("Generated text", lead, tuple(told))

@@ -1,4 +1,4 @@
-"""What models cost: size, speed, and what the run took; and what training read and layers were worth, by table."""
+"""Tables of size, speed and costs, of the training text and of the layers' importance."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shoal.formatting import bytes_text, count_text, duration_text
 from .page import DASH, Table
 from .run import Run
 
-SIZES = ("Model", "Layers", "Parameters", "Of the teacher", "Weights on disk", "Cache per token", "Evaluated in")
+SIZES = ("Model", "Layers", "Parameters", "Of the teacher", "Weights on disk", "Cache per token", "Evaluation time")
 AGAINST = "Against the teacher"
-SPEEDS = ("Model", "At once", "Reading", AGAINST, "First token", "Writing", AGAINST, "Peak memory")
+SPEEDS = ("Model", "Batch", "Prefill", AGAINST, "First token", "Decoding", AGAINST, "Peak memory")
 Kind = Literal["prefill", "decode"]
 
 
@@ -90,9 +90,9 @@ def speed_table(speed: Speed) -> Table:
             cells.append(_told(batch.peak_memory_bytes, bytes_text))
             rows.append(tuple(cells))
     caption = (
-        f"Speed with prompts of {speed.prompt_tokens:,} tokens and {speed.new_tokens:,} new ones, {speed.dtype}; "
-        "tokens per second over all sequences, slowest and fastest repeat in brackets; against the teacher the "
-        "smallest and largest ratio of one round, in which every model takes a turn"
+        f"Speed in tokens per second over the batch ({speed.prompt_tokens:,} prompt tokens, {speed.new_tokens:,} new "
+        f"tokens, {speed.dtype}), with the slowest and fastest repeat; ratios to the teacher, with the smallest and "
+        "largest ratio of one round"
     )
     return Table(caption, SPEEDS, tuple(rows))
 
@@ -102,18 +102,16 @@ def _told(value: float | None, words: Callable[[float], str]) -> str:
 
 
 def costs_table(run: Run) -> Table:
-    """What the run took: time, tokens and memory of every stage that recorded them."""
+    """Time, tokens and memory of every stage that recorded them."""
     rows = []
     if training := run.training:
         cells = (duration_text(training.seconds), f"{training.num_tokens:,}", bytes_text(training.peak_memory_bytes))
-        rows.append(("Distilling", *cells))
+        rows.append(("Distillation", *cells))
     for role, scored in run.evaluations.items():
-        kept = (
-            f"; {scored.num_kept:,} of {scored.num_requests:,} answers were kept from before" if scored.num_kept else ""
-        )
-        rows.append((f"Scoring {role}", duration_text(scored.seconds) + kept, DASH, DASH))
-    caption = f"What the run took; {DASH} = not recorded"
-    return Table(caption, ("Stage", "Time", "Tokens read", "Peak memory"), tuple(rows))
+        kept = f"; {scored.num_kept:,} of {scored.num_requests:,} answers reused" if scored.num_kept else ""
+        rows.append((f"Evaluation, {role}", duration_text(scored.seconds) + kept, DASH, DASH))
+    caption = f"Time, tokens and memory by stage; {DASH} = not recorded"
+    return Table(caption, ("Stage", "Time", "Tokens", "Peak memory"), tuple(rows))
 
 
 def sources_table(training: Training) -> Table:
@@ -125,10 +123,10 @@ def sources_table(training: Training) -> Table:
 
 
 def importance_table(importance: Importance, drop: Collection[int]) -> Table:
-    """What every layer is worth by every metric, and whether it was cut."""
+    """The importance of every layer by every metric, and whether it was dropped."""
     metrics = importance.layers
     rows = tuple(
-        (str(layer), *(f"{scores[layer]:.4f}" for scores in metrics.values()), "cut" if layer in drop else "kept")
+        (str(layer), *(f"{scores[layer]:.4f}" for scores in metrics.values()), "dropped" if layer in drop else "kept")
         for layer in range(importance.num_layers)
     )
     caption = f"Importance of every layer over {importance.num_tokens:,} tokens"

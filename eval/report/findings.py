@@ -1,4 +1,4 @@
-"""What may be concluded from a run's scores: every task with its paired differences, protocol gaps, rates, form gaps.
+"""What may be concluded from a run's scores: every task with paired differences, protocol and wording gaps, rates.
 
 Only numbers here; how they are worded and shown is for wording.py, tables.py and the templates.
 """
@@ -19,8 +19,6 @@ from shoal.stats.paired import (
     SIGNIFICANT,
     PairedDifference,
     Retention,
-    form_gap,
-    form_gap_change,
     holm,
     is_binary,
     paired,
@@ -28,6 +26,8 @@ from shoal.stats.paired import (
     retention,
     retention_gap,
     verdict,
+    wording_gap,
+    wording_gap_change,
     z_above_chance,
 )
 
@@ -41,13 +41,13 @@ PAIRS = (
     ("teacher", "control"),
     ("control", "distilled"),
 )
-"""(before, after) of the roles that are compared. The control is the uncut teacher, trained as the cut model was."""
+"""(before, after) of the roles that are compared. The control is the teacher, trained as the student was."""
 SIGNAL_SIGMAS = 3.0
-"""A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
-FEW_ITEMS_MEAN = "the intervals are wide and hold the truth in 92 to 100 of 100 cases, not in 95"
+"""A task on which the teacher is not this many standard errors above chance cannot show what was lost."""
+FEW_ITEMS_MEAN = "the intervals are wide and contain the true value in 92 to 100 % of cases, not in 95 %"
 FEW_CHANGED_MEAN = (
-    f"“Few changed”: fewer than {FEW_CHANGED} answers did, and the interval, like that of what is kept, is wider than "
-    "it has to be: it holds the truth in 97 to 100 of 100 cases."
+    f"“Few changed”: fewer than {FEW_CHANGED} answers changed, so the intervals of the change and of the share kept "
+    "are wider than necessary: they contain the true value in 97 to 100 % of cases."
 )
 SCORE_FIELDS = (
     *("task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance", "higher_is_better"),
@@ -64,7 +64,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Form:
-    """The form gap of every role on one task: its score in the trained form minus its score when reworded."""
+    """The wording gap of every role on one task: its score in the trained wording minus its score when reworded."""
 
     gaps: dict[str, PairedDifference]
     growth: dict[str, Interval]
@@ -74,7 +74,7 @@ class Form:
     """p-values of the gaps after Holm's correction over all reworded tasks."""
 
     def is_learnt(self, role: str) -> bool:
-        """Whether the gap of ``role`` is significant, in favour of the trained form, and larger than the teacher's."""
+        """Whether the gap of ``role`` is significant, favours the trained wording, and is larger than the teacher's."""
         if role not in self.growth or self.adjusted_p[role] >= SIGNIFICANT:
             return False
         sign = 1 if self.higher_is_better else -1
@@ -98,7 +98,7 @@ class Row:
     adjusted_p: dict[tuple[str, str], float]
     """p-values of the differences after Holm's correction over all tasks."""
     form: Form | None = None
-    """How the same items do in the form that training text may have, where this row asks them reworded."""
+    """The scores of the same items in the trained wording, if this row asks them reworded."""
 
     @property
     def any_score(self) -> TaskScore:
@@ -115,7 +115,7 @@ class Row:
 
     @property
     def has_signal(self) -> bool:
-        """False where the intact teacher does not stand clear of chance (lower-is-better metrics have none)."""
+        """False if the teacher is not clearly above chance (lower-is-better metrics have none)."""
         return self.teacher_sigmas is None or self.teacher_sigmas > SIGNAL_SIGMAS
 
     def verdict(self, before: str, after: str) -> str | None:
@@ -148,11 +148,11 @@ class Comparison:
     refused: tuple[str, ...]
     """Reasons why a role's score was left out of a row: it was measured with other settings."""
     formless: tuple[str, ...] = ()
-    """Reasons why a reworded task has no form gap."""
+    """Reasons why a reworded task has no wording gap."""
 
 
 def compare(run: Run) -> Comparison:
-    """Every task with its paired differences; a role measured with other settings is refused, never shown beside."""
+    """Every task with its paired differences; a role measured with other settings is left out."""
     rows, refused = list[Row](), list[str]()
     for key in dict.fromkeys(task.key for evaluation in run.evaluations.values() for task in evaluation.tasks):
         scores: dict[str, TaskScore] = {}
@@ -187,7 +187,7 @@ def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
 def score_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Every score of a run that may stand in one table, with its 95 % interval and the share of the teacher's it keeps.
 
-    The row of a reworded task has its form gap: the score of the same items in the trained form, minus its own.
+    The row of a reworded task has its wording gap: the score of the same items in the trained wording, minus its own.
 
     Raises:
         UserError: there is nothing in the run directory, or it cannot be read.
@@ -203,8 +203,8 @@ def score_rows(run_dir: Path) -> list[dict[str, Any]]:
                     "role": role,
                     **{field: getattr(score, field) for field in SCORE_FIELDS},
                     **{name: score.rates.get(name) for name in (*NAMES, CALIBRATION_ERROR)},
-                    **dict(zip(("retention", "retention_low", "retention_high"), share, strict=True)),
-                    **dict(zip(("form_gap", "form_gap_low", "form_gap_high"), form, strict=True)),
+                    **dict(zip(("share_kept", "share_kept_low", "share_kept_high"), share, strict=True)),
+                    **dict(zip(("wording_gap", "wording_gap_low", "wording_gap_high"), form, strict=True)),
                 }
             )
     return rows
@@ -220,7 +220,7 @@ def flipped(before: TaskScore, after: TaskScore) -> tuple[list[tuple[ItemScore, 
 
 
 def protocol_gaps(rows: Iterable[Row], role: str) -> list[tuple[Row, Row, Limits]]:
-    """(likelihood row, generation row, retention of ``role`` by likelihood minus that in generation) by ability.
+    """(likelihood row, generation row, share kept by ``role`` by likelihood minus that in generation) by ability.
 
     Only between tasks that ask the same: on the same items where an ability has such a pair, else at the same level of
     the same family.
@@ -295,7 +295,7 @@ def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
 
 
 def _with_forms(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """The rows, those of reworded tasks with their form gaps, and why one has none."""
+    """The rows, those of reworded tasks with their wording gaps, and why one has none."""
     by_task, forms, formless = {row.any_score.task: row for row in rows}, dict[Key, Form](), list[str]()
     for row in rows:
         if own := by_task.get(row.any_score.reworded_of):
@@ -327,13 +327,13 @@ def _adjusted(tasks: Sequence[dict[K, PairedDifference]]) -> list[dict[K, float]
 
 
 def _form_of(own: Mapping[str, TaskScore], reworded: Mapping[str, TaskScore]) -> Form:
-    """The form gaps between a task (role -> score) and its reworded one, without corrected p-values."""
+    """The wording gaps between a task (role -> score) and its reworded one, without corrected p-values."""
     pairs = {role: (own[role], score) for role, score in reworded.items() if role in own}
     before = pairs.get("teacher")
     return Form(
-        gaps={role: form_gap(*pair) for role, pair in pairs.items()},
+        gaps={role: wording_gap(*pair) for role, pair in pairs.items()},
         growth={
-            role: Interval(*form_gap_change(before, pair))
+            role: Interval(*wording_gap_change(before, pair))
             for role, pair in pairs.items()
             if before is not None and role != "teacher"
         },

@@ -1,4 +1,4 @@
-"""The report's first sentences: what was cut, lost and regained, and what follows.
+"""The report's first sentences: what was dropped, lost and recovered, and what to do.
 
 Claims rest on intervals of means and on corrected p-values only.
 """
@@ -13,6 +13,7 @@ from shoal.artifacts.evaluation import CONTROL, ROLES, Interval
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
 from shoal.stats.means import mean_change, mean_share
+from shoal.stats.paired import SIGNIFICANT
 
 from ..tasks.names import described_tasks, task_folders
 from .costs import speed_ratio
@@ -20,6 +21,7 @@ from .findings import Comparison, Row, is_share
 from .page import headings
 from .run import Run
 from .wording import (
+    LIKELY,
     MAX_NAMES,
     by_column,
     change_text,
@@ -27,36 +29,37 @@ from .wording import (
     glance_text,
     glance_unit,
     identifier_text,
+    kept_text,
     named_or_counted,
     points_text,
-    retention_text,
     task_name,
 )
 
 CHANGES = {
-    ("teacher", "pruned"): "Lost by the cut",
-    ("pruned", "distilled"): "Brought back",
+    ("teacher", "pruned"): "Lost by pruning",
+    ("pruned", "distilled"): "Recovered",
     ("teacher", "distilled"): "Against the teacher",
     ("control", "distilled"): "Still lost",
 }
-"""(before, after) -> name of the change between them. Where there is a control, what is missing is what it has."""
+"""(before, after) -> name of the change between them. If there is a control, it shows what is still lost."""
+NOTE = f"“Likely but not confirmed”: the interval excludes 0, but p ≥ {SIGNIFICANT} corrected for all tasks (Holm)."
 OUTSIDE = ("reworded", "out", "public")
-"""Columns outside the form of the training text."""
+"""Columns outside the trained wording."""
 KEPT = 0.9
-"""Share of what the full model has above chance that a model worth shipping keeps."""
+"""Share of the teacher's score above chance that a model worth shipping keeps."""
 PROTOCOLS_DIFFER = 0.1
-"""Difference in retention from which two ways of asking are both shown at the top."""
+"""Difference in the share kept from which two protocols are both shown at the top."""
 
 
 def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
-    """At most five sentences: what was cut, what that lost, what training brought back outside the trained form, what
-    is still lost beside the control, and what follows. Tables tell of single tasks."""
+    """At most five sentences: what was dropped, what that lost, what distillation recovered outside the trained
+    wording, what is still lost compared with the control, and what to do. Single tasks are in the tables."""
     rows = [row for row in comparison.rows if row.has_signal and len(row.scores) > 1]
     outside = [row for row in rows if row.column in OUTSIDE] or [row for row in rows if not row.column]
-    if "distilled" not in run.evaluations:  # no text has trained a form
+    if "distilled" not in run.evaluations:  # no text has trained a wording
         outside = rows
     if not run.evaluations:
-        return _cut(run), "No ability has been evaluated yet, so nothing is said here about what was lost."
+        return _cut(run), "No ability has been evaluated yet. Run `shoal eval` to see what was lost."
     shares = Shares.of(outside)
     told = (_cut(run), _lost(shares), _came_back(shares), _still_lost(shares), decision(run, comparison.rows, shares))
     return tuple(sentence for sentence in told if sentence)
@@ -64,8 +67,8 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Shares:
-    """What models keep of the teacher's score above chance, over the tasks outside the trained form that have a chance
-    level and on which the teacher is clear of it; by role, and the changes between roles."""
+    """Shares kept of the teacher's score above chance by role, and the changes between roles: means over the tasks
+    outside the trained wording that have a chance level and on which the teacher is clearly above it."""
 
     rows: tuple[Row, ...]
     kept: dict[str, Interval]
@@ -97,10 +100,10 @@ def _lost(shares: Shares) -> str:
     if (kept := shares.kept.get("pruned")) is None:
         return ""
     least = min(shares.rows, key=lambda row: row.retained["pruned"].value or 0.0)
-    told = f", and least on {task_name(least)} ({retention_text(least.retained['pruned'])})"
+    told = f", least on {task_name(least)} ({kept_text(least.retained['pruned'])})"
     return (
-        f"Without training the cut model keeps {retention_text(kept)} of what the teacher has above chance on "
-        f"{_tasks(shares)}{told if len(shares.rows) > 1 else ''}."
+        f"Before training, the pruned model keeps {kept_text(kept)} of the teacher's score above chance "
+        f"({_tasks(shares)}){told if len(shares.rows) > 1 else ''}."
     )
 
 
@@ -110,40 +113,34 @@ def _came_back(shares: Shares) -> str:
     change = shares.changes.get(("pruned", "distilled"))
     gain = f": {points_text((change.value, change.ci_low, change.ci_high), 0)}" if change else ""
     if change is not None and change.ci_low <= 0:
-        return f"Training brings nothing back that is clear of chance{gain}."
-    told = "After training it has more than the teacher" if kept.value > 1 else None
-    return f"{told or f'Training brings that to {retention_text(kept)}'}{gain}."
+        return f"Distillation does not clearly recover anything{gain}."
+    told = "scores above the teacher" if kept.value > 1 else f"keeps {kept_text(kept)}"
+    return f"After training, the distilled model {told}{gain}."
 
 
 def _still_lost(shares: Shares) -> str:
     if "distilled" not in shares.kept:
         return ""
     if (change := shares.changes.get(("distilled", "control"))) is None:
-        return (
-            "No control was trained (eval.control), so how much of that the training text would teach any model is not "
-            "known."
-        )
+        return "No control was trained (eval.control), so this may include what the text teaches any model."
     told = points_text((change.value, change.ci_low, change.ci_high), 0)
     if change.ci_low > 0:
-        return f"The control, the uncut model after the same training, has {told} more: that much is still lost."
-    return f"Beside the control, the uncut model after the same training ({told}), nothing is clearly still lost."
+        return f"Still lost: the control (the teacher after the same training) is {told} ahead."
+    return f"The control (the teacher after the same training) is not clearly ahead: {told}."
 
 
 def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
-    """What follows, by rules. Tasks outside the trained form decide, or all where nothing was trained.
+    """What to do, by rules. Tasks outside the trained wording decide, or all tasks if nothing was trained.
 
     Ship: no task is clearly worse than the teacher's, the control has not clearly 1 - KEPT more, and the lower end of
-    the mean share kept is KEPT or more. Not enough items: only that interval holds KEPT. Else train longer where
-    training has clearly brought something back, and cut fewer layers where it has not.
+    the mean share kept is KEPT or more. Not enough items: only that interval holds KEPT. Else train longer if training
+    has clearly recovered something, and drop fewer layers if it has not.
     """
     role = _smallest(run.evaluations)
     if role is None or "teacher" not in run.evaluations:
         return ""
     if not shares.rows or (kept := shares.kept.get(role)) is None:
-        return (
-            _nothing_outside(rows)
-            or "Not enough to say: on no task that has a chance level is the teacher clear of it."
-        )
+        return _nothing_outside(rows) or "Not enough data: the teacher is not clearly above chance on any task."
     told = {row.key for row in shares.rows}
     watched = [row for row in rows if row.key in told or (row.column in OUTSIDE and row.has_signal)]
     worse = [row for row in watched if row.verdict("teacher", role) == "worse"]
@@ -155,26 +152,26 @@ def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
     elif kept.ci_high < KEPT:
         why = f"less than {100 * KEPT:.0f} % is kept"
     elif kept.ci_low < KEPT:
-        both = f"what is kept may be more or less than {100 * KEPT:.0f} %"
-        return f"Not enough items to say: {both}; score more of them (eval.limit) before you ship."
+        both = f"the share kept may be above or below {100 * KEPT:.0f} %"
+        return f"Not enough items: {both}; raise eval.limit before you ship."
     else:
-        return f"Ship: at least {100 * KEPT:.0f} % is kept, and no task outside the trained form is clearly worse."
+        return f"Ship: at least {100 * KEPT:.0f} % is kept, and no task outside the trained wording is clearly worse."
     if role == "pruned":
-        return f"Train it: {why}."
+        return f"Distil: {why}."
     gain = shares.changes.get(("pruned", "distilled"))
     if gain and gain.ci_low > 0:
-        return f"Train longer, or cut fewer layers: {why}; training has brought something back so far."
-    return f"Cut fewer layers: {why}; training has brought nothing back that is clear of chance."
+        return f"Train longer, or drop fewer layers: {why}; training has recovered a part so far."
+    return f"Drop fewer layers: {why}; training has not clearly recovered anything."
 
 
 def _tasks(shares: Shares) -> str:
     count = len(shares.rows)
-    where = " outside the trained form" if all(row.column in OUTSIDE for row in shares.rows) else ""
-    return f"{count} {'task' if count == 1 else 'tasks'}{where}"
+    where = " outside the trained wording" if all(row.column in OUTSIDE for row in shares.rows) else ""
+    return f"{f'mean of {count} tasks' if count > 1 else '1 task'}{where}"
 
 
 def board(run: Run, comparison: Comparison) -> dict[str, Any] | None:
-    """What was lost and came back by ability, as it is asked worst and best; None where nothing can be compared."""
+    """What was lost and recovered by ability, under its worst and best protocol; None if nothing can be compared."""
     roles = tuple(role for role in ROLES if role in run.evaluations)
     left_out = ("teacher", "distilled") if "control" in roles else None
     pairs = [pair for pair in CHANGES if set(pair) <= set(roles) and pair != left_out]
@@ -183,17 +180,19 @@ def board(run: Run, comparison: Comparison) -> dict[str, Any] | None:
         return None
     shown = {column: _shown(column, own) for column, own in by_column(rows).items()}
     groups = [(heading(column_words(column)), len(own)) for column, own in shown.items()]
+    lines = [_board_line(row, roles, pairs) for own in shown.values() for row in own]
     return {
-        "caption": "What was lost and what came back" if "distilled" in roles else "What was lost",
+        "caption": "What was lost and what was recovered" if "distilled" in roles else "What was lost",
+        "note": NOTE if any(LIKELY in change for line in lines for change in line["changes"]) else "",
         "roles": roles,
         "changes": [CHANGES[pair] for pair in pairs],
-        "lines": [_board_line(row, roles, pairs) for own in shown.values() for row in own],
+        "lines": lines,
         "headings": headings(groups) if any(shown) else {},
     }
 
 
 def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """One way of asking for one ability; places are drawn of scores that are shares."""
+    """One ability under one protocol; places are drawn of scores that are shares."""
     first = row.any_score
     return {
         "task": task_name(row),
@@ -207,7 +206,7 @@ def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]
 
 
 def _shown(column: str, rows: Sequence[Row]) -> list[Row]:
-    """Rows of a column that stand on the board, by ability; of the trained form the first of each alone."""
+    """Rows of a column that stand on the board, by ability; of the trained wording the first of each alone."""
     abilities = {ability: [row for row in rows if row.ability == ability] for ability in {r.ability: 0 for r in rows}}
     return [row for own in abilities.values() for row in _worst_and_best(own)[: 1 if column == "in" else None]]
 
@@ -233,7 +232,7 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
     """Key figures: value and label of each."""
     figures: list[tuple[str, str]] = []
     if run.plan and (run.plan.drop or not run.plan.changes_layers):
-        figures.append((f"{len(run.plan.drop)} of {run.plan.num_layers}", "decoder layers cut"))
+        figures.append((f"{len(run.plan.drop)} of {run.plan.num_layers}", "decoder layers dropped"))
     if run.plan and run.plan.width:
         figures += [(f"{count:,}", f"{part} in every layer") for count, part in run.plan.width.parts]
     small, teacher = _smallest(run.evaluations), run.evaluations.get("teacher")
@@ -246,29 +245,29 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
         told = f" (single rounds: {ratio.limits[0]:.2f} to {ratio.limits[1]:.2f} ×)" if ratio.limits else ""
         figures.append((f"{ratio.value:.2f} ×", f"decoding speed{told}"))
     if run.training:
-        figures.append((count_text(run.training.num_tokens), "tokens of distillation"))
+        figures.append((count_text(run.training.num_tokens), "training tokens"))
     return tuple(figures)
 
 
 def _cut(run: Run) -> str:
     if run.plan is None:
-        return f"No layer of {run.model} has been cut yet."
+        return f"No layer of {run.model} has been dropped yet."
     drop, changes = run.plan.drop, [change.words for change in run.plan.changes]
     layers = f"{len(drop)} of the {run.plan.num_layers} decoder layers of {run.model}"
     which = f"({'layer' if len(drop) == 1 else 'layers'} {layers_text(drop)}, counted from 0)"
-    sentence = f"{layers} {'was' if len(drop) == 1 else 'were'} cut out {which}"
+    sentence = f"{layers} {'was' if len(drop) == 1 else 'were'} dropped {which}"
     small, teacher = _smallest(run.evaluations), run.evaluations.get("teacher")
     if teacher and small:
         before, after = teacher.num_parameters, run.evaluations[small].num_parameters
-        sentence += f", which takes the model from {count_text(before)} to {count_text(after)} parameters"
+        sentence += f": {count_text(before)} parameters became {count_text(after)}"
     size = run.numerics.get("size", 1)
-    small_run = f"This run took {100 * size:.0f} % of its recipe's tokens and items." if size < 1 else ""
+    short = f"Short run: only {100 * size:.0f} % of its recipe's tokens and items. " if size < 1 else ""
     changed = f"Changed{'' if drop else f' in {run.model}'}: {listed(changes)}." if changes else ""
-    return " ".join(filter(None, [f"{sentence}." if drop or not changes else "", changed, small_run]))
+    return short + " ".join(filter(None, [f"{sentence}." if drop or not changes else "", changed]))
 
 
 def _nothing_outside(rows: Sequence[Row]) -> str:
-    """What a run that asks in the trained form alone does not know, and which tasks would tell."""
+    """What is missing from a run that asks in the trained wording alone, and which tasks would show it."""
     columns = by_column(row for row in rows if row.has_signal and len(row.scores) > 1)
     if "in" not in columns or columns.keys() & {"reworded", "out", "public"}:
         return ""
@@ -277,8 +276,8 @@ def _nothing_outside(rows: Sequence[Row]) -> str:
     reworded = [name for name, (data, protocol) in described.items() if data.reworded_under(protocol) in evaluated]
     would = listed([*(reworded[:MAX_NAMES] or ["these tasks reworded"]), "public benchmarks"])
     return (
-        "Not enough to say: nothing was measured outside the form that training text may have, so what came back may "
-        f"be the form alone; {would} would tell."
+        "Not enough data: all tasks use the trained wording, so the model may have learnt that wording alone; add "
+        f"{would}."
     )
 
 

@@ -56,7 +56,7 @@ def push(
     """
     of_repo, of_upload = (inspect.signature(call).parameters for call in (HfApi.create_repo, HfApi.upload_folder))
     if unknown := next((name for name in further if name not in {**of_repo, **of_upload}), None):
-        raise UserError(f"{unknown}: is no argument of huggingface_hub's create_repo or upload_folder; leave it out")
+        raise UserError(f"{unknown}: is not an argument of huggingface_hub's create_repo or upload_folder; remove it")
     complete_export(folder, card, folder.parent / FIGURES_DIR)
     token = further.pop("token", None) or get_token()
     sent = {"commit_message": "Checkpoint, model card and figures from shoal", **further}

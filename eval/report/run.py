@@ -76,7 +76,7 @@ def read_run(folder: Path) -> Run:
         numerics=run_file.get("numerics") or {},
     )
     if not run.results:
-        raise UserError(f"{folder}: holds no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
+        raise UserError(f"{folder}: has no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
     _refuse_mixed_runs(run)
     _refuse_control_of_other_training(run)
     return run

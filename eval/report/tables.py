@@ -1,4 +1,4 @@
-"""The report's tables of what the models can do: scores, differences, forms, levels, signal, protocols, items."""
+"""The report's tables of scores, differences, wordings, levels, signal, protocols and items."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .wording import (
     column_words,
     difference_text,
     identifier_text,
+    kept_text,
     limits_text,
     p_text,
     points_text,
-    retention_text,
     score_text,
     score_words,
     task_name,
@@ -41,21 +41,21 @@ RATES = {
     "cut_off": "Cut off at the limit",
     "refused": "Refused",
     "mean_tokens": "Tokens, mean",
-    OVERCONFIDENCE: "Confidence less share right",
+    OVERCONFIDENCE: "Confidence minus share correct",
 }
 """Rate -> its label."""
 VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse"}
 DIFFERENCES = {
-    ("teacher", "pruned"): "What the cut cost: pruned minus teacher",
-    ("pruned", "distilled"): "What distilling brought back: distilled minus pruned",
-    ("teacher", "distilled"): "What is still missing: distilled minus teacher",
-    ("teacher", "control"): "What the control learnt, the uncut teacher trained alike: control minus teacher",
-    ("control", "distilled"): "What is still lost: distilled minus control",
+    ("teacher", "pruned"): "Lost by pruning: pruned minus teacher",
+    ("pruned", "distilled"): "Recovered by distillation: distilled minus pruned",
+    ("teacher", "distilled"): "Still missing: distilled minus teacher",
+    ("teacher", "control"): "Learnt from the text: control (the teacher after the same training) minus teacher",
+    ("control", "distilled"): "Still lost: distilled minus control",
 }
 """(before, after) -> caption of the table of their differences."""
 CHANGED_SIDES = (
-    ("pruned", "distilled", "won back by distilling", "lost by distilling"),
-    ("teacher", "pruned", "right only after the cut", "lost by the cut"),
+    ("pruned", "distilled", "recovered by distillation", "lost by distillation"),
+    ("teacher", "pruned", "right only after pruning", "lost by pruning"),
 )
 """Role before, role after, name of the items won, name of the items lost."""
 MOST_FLIPS = 8
@@ -94,11 +94,11 @@ def score_table(run: Run, rows: Sequence[Row]) -> Table:
         first = row.any_score
         cells = [score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
         cells.append(", ".join(filter(None, (f"{first.n:,}", limits_text(first)))))
-        cells += [retention_text(row.retained.get(role)) for role in kept]
+        cells += [kept_text(row.retained.get(role)) for role in kept]
         body.append((task_name(row) + unit_text(first), *cells))
     titles = [*(role.capitalize() for role in roles), "Items", *(f"Kept, {role}" for role in kept)]
     return Table(
-        "Scores with 95 % intervals, and the share kept of what the teacher scores above chance",
+        "Scores with 95 % intervals, and the share kept of the teacher's score above chance",
         ("Task", *titles),
         tuple(body),
         groups=tuple((text, len(group)) for text, group in groups.items()),
@@ -126,7 +126,7 @@ def _difference_table(rows: Sequence[Row], before: str, after: str) -> Table:
 
 
 def form_table(comparison: Comparison) -> Table | None:
-    """The form gap of every role, with both of its scores; None where no task was asked in two forms."""
+    """The wording gap of every role, with both of its scores; None if no task was asked reworded too."""
     reworded = [row for row in comparison.rows if row.form]
     roles = [role for role in ROLES if any(row.form and role in row.form.gaps for row in reworded)]
     if not roles:
@@ -140,7 +140,7 @@ def form_table(comparison: Comparison) -> Table | None:
             cells.append(difference_text(row.form.growth.get("distilled"), row.any_score, glance=True))
         body.append((task_name(asked) + unit_text(asked.any_score), *cells))
     columns = ("Task", *(role.capitalize() for role in roles), *(["Distilled − teacher"] * ("distilled" in roles)))
-    caption = "Form gap, with the score in the trained form and the score when reworded"
+    caption = "Wording gap, with the score in the trained wording and the score when reworded"
     return Table(caption, columns, tuple(body), row_titles=tuple(identifier_text(row.any_score) for row in reworded))
 
 
@@ -155,7 +155,7 @@ def _form_text(own: Row, reworded: Row, role: str) -> str:
 
 
 def silent_table(comparison: Comparison) -> Table | None:
-    """Tasks that say nothing about damage; None where every task says something."""
+    """Tasks that cannot show what was lost; None if there are none."""
     rows = tuple(
         (
             task_name(row),
@@ -168,7 +168,7 @@ def silent_table(comparison: Comparison) -> Table | None:
         if not row.has_signal
     )
     columns = ("Task", "Items", "Chance", "Teacher", "Standard errors above chance")
-    return Table("Tasks on which the intact teacher is not shown to be above chance", columns, rows) if rows else None
+    return Table("Tasks on which the teacher is not clearly above chance", columns, rows) if rows else None
 
 
 def gap_table(rows: Sequence[Row]) -> Table:
@@ -176,25 +176,25 @@ def gap_table(rows: Sequence[Row]) -> Table:
     body = []
     for role in ("pruned", "distilled"):
         for likely, written, gap in protocol_gaps(rows, role):
-            kept = [retention_text(row.retained[role]) for row in (likely, written)]
+            kept = [kept_text(row.retained[role]) for row in (likely, written)]
             name = written.ability if written.any_score.family is None else task_name(written)
             items = "the same" if shares_items(likely, written) else "different"
             body.append((role, name, *kept, points_text(gap, 0), items))
     columns = ("Model", "Ability or task", "Kept, by likelihood", "Kept, in generation", "Protocol gap", "Items")
-    caption = "Protocol gap: retention by likelihood minus retention in generation. Above zero, likelihood hides damage"
+    caption = "Protocol gap: share kept by likelihood minus share kept in generation. Above 0, likelihood hides a loss"
     return Table(caption, columns, tuple(body), frozenset({0, 1, 5}))
 
 
 def written_table(rows: Sequence[Row]) -> Table:
     """How generated texts went, by task and role, with what changed; without rows where nothing recorded it."""
     writings = [own for own in writing(rows) if own.name != OVERCONFIDENCE]
-    return _rates_table("How the texts went that were written, with 95 % intervals", writings)
+    return _rates_table("Generated texts, with 95 % intervals", writings)
 
 
 def calibration_table(rows: Sequence[Row]) -> Table:
     """How sure the models are of their options, and by how much surer than right."""
     writings = [own for own in writing(rows) if own.name == OVERCONFIDENCE]
-    return _rates_table("How sure the models are of the options that they choose", writings)
+    return _rates_table("Confidence in the chosen options", writings)
 
 
 def _rates_table(caption: str, writings: Sequence[Writing]) -> Table:
@@ -213,7 +213,7 @@ def _rates_table(caption: str, writings: Sequence[Writing]) -> Table:
         body.append(tuple(cells))
         if entry.name == OVERCONFIDENCE:
             body.append(_calibration_row(entry.row, roles, pairs))
-    columns = ("What", *(role.capitalize() for role in roles))
+    columns = ("Rate", *(role.capitalize() for role in roles))
     for before, after in pairs:
         columns += (f"{after.capitalize()} − {before}", "p (Holm)")
     of_task = len(body) // max(len(writings), 1)
@@ -244,7 +244,7 @@ def level_tables(families: Sequence[Ladder]) -> list[Table]:
 
 
 def reach(ladder: Ladder) -> str:
-    """Up to which level every role is clear of chance, as the intact teacher has to be, without a gap below."""
+    """Up to which level every role is clearly above chance, without a gap below."""
     told, at_none = [], []
     for role, scores in ladder.scores.items():
         # by its interval one lucky answer would be clear of a chance of 0
@@ -253,7 +253,7 @@ def reach(ladder: Ladder) -> str:
             told.append(f"{role} up to {levels[-1]:g}")
         else:
             at_none.append(role)
-    far = f"clear of chance are {listed(told)}" if told else "no model is clear of chance at any level"
+    far = f"clearly above chance are {listed(told)}" if told else "no model is clearly above chance at any level"
     others = f"; {listed(at_none)} at no level" if told and at_none else ""
     asked = f"{PROTOCOLS.get(ladder.protocol, ladder.protocol)}, levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
     return f"{heading(ladder.family)}, {asked}: {far}{others}."

@@ -16,6 +16,7 @@ from .page import DASH
 
 LARGEST_NATS = 50
 """Nats above which a perplexity is too long a number to be read."""
+LIKELY = "likely but not confirmed"
 MAX_NAMES = 8
 """Tasks named in one sentence; all of them are in the tables."""
 
@@ -51,19 +52,19 @@ def glance_unit(score: TaskScore) -> str:
 
 
 def change_text(row: Row, before: str, after: str) -> str:
-    """`▼ −42 points [−53, −30]`, or `no clear change [−3, +24]`: what the corrected test allows to say. The interval
-    is of this change alone, and may leave 0 out where the test of all of them does not."""
+    """`▼ −42 points [−53, −30]`, or what the corrected test does not confirm: `no clear change [−3, +24]`."""
     change = row.differences.get((before, after))
     if change is None:
         return DASH
     sign = {"better": "▲ ", "worse": "▼ "}.get(row.verdict(before, after) or "")
     told = difference_text(change, row.any_score, glance=True)
-    return f"{sign}{told}" if sign else f"{unclear_text(change)} {told[told.index('[') :]}"
+    p_value = f", corrected p {p_text(row.adjusted_p.get((before, after)))}" if change.leaves_out_zero else ""
+    return f"{sign}{told}" if sign else f"{unclear_text(change)} {told[told.index('[') :]}{p_value}"
 
 
 def unclear_text(change: PairedDifference) -> str:
-    """`no clear change`, or that the corrected test does not show what the interval alone leaves open."""
-    return "not clear by the corrected test" if change.leaves_out_zero else "no clear change"
+    """`no clear change`, or that the corrected test does not confirm what the interval alone suggests."""
+    return LIKELY if change.leaves_out_zero else "no clear change"
 
 
 def difference_text(change: PairedDifference | Interval | None, score: TaskScore, *, glance: bool = False) -> str:
@@ -99,8 +100,8 @@ def _as_perplexity(score: TaskScore) -> bool:
     return score.protocol == "rolling" and measured_in_nats(score) and score.ci_high < LARGEST_NATS
 
 
-def retention_text(kept: Retention | Interval | None) -> str:
-    """Retention with its interval, or why there is none; what is more than the teacher has is no share of it."""
+def kept_text(kept: Retention | Interval | None) -> str:
+    """A share kept with its interval; a dash if there is none. More than the teacher has is not a share of it."""
     if kept is None or kept.value is None or kept.ci_low is None or kept.ci_high is None:
         return DASH
     if kept.value > 1:
@@ -161,7 +162,7 @@ def column_words(column: str) -> str:
 
 
 def by_column(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by column: first what is asked outside the trained form, last what no column is known of."""
+    """Rows by column: first those outside the trained wording, last those without a known column."""
     rows = list(rows)
     columns = {column: [row for row in rows if row.column == column] for column in (*COLUMNS, "")}
     return {column: own for column, own in columns.items() if own}

@@ -84,7 +84,7 @@ class DataSet(Section):
     ability: Text
     """Ability under which reports list its tasks: retrieval, knowledge, reasoning ..."""
     column: Column | None = None
-    """How its items relate to healing text: in = in a form that such text may have, reworded = in one that it
+    """How its items relate to training text: in = in a form that such text may have, reworded = in one that it
     never has, out = an ability that it never shows, public = a public benchmark. None = not said where items
     are bundled, public where rows are read."""
     reworded_of: Text | None = None
@@ -217,7 +217,7 @@ class DataSet(Section):
         return self.num_fewshot if own is None else own
 
     def reworded_under(self, protocol: TaskProtocol) -> str:
-        """Task under ``protocol`` that asks the same items in a form that healing text may have; empty = none."""
+        """Task under ``protocol`` that asks the same items in a wording that training text may have; empty = none."""
         return f"{self.reworded_of}_{protocol}" if self.reworded_of else ""
 
 

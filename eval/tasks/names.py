@@ -127,7 +127,7 @@ def described_tasks(
     """The tasks that described data sets give, each with its data set and protocol, and the groups they are in.
 
     Raises:
-        UserError: a data set that rewords tasks that no data set in a trained form has.
+        UserError: a data set that rewords tasks that no data set in a trained wording has.
     """
     tasks: dict[str, tuple[DataSet, TaskProtocol]] = {}
     tags: dict[str, tuple[str, ...]] = {}

@@ -81,4 +81,4 @@ def write_student(
             prove_by_run(folder, expected, reference=f"the teacher with {words}")
     replace(plan, student=plan.sealed(model_fingerprint(out))).save(path)
     told = f"{plan.in_words()}: {out} and {path} are written"
-    return f"{told}\n`shoal distill {run.dir}` heals it, `shoal eval` scores it"
+    return f"{told}\n`shoal distill {run.dir}` trains it, `shoal eval` scores it"

@@ -167,11 +167,11 @@ def push_to_hub(
     The card says what was cut and trained, and has a table of ``scores`` with its `model-index`.
 
     Args:
-        model: The cut model, healed or not.
+        model: The pruned or distilled model.
         tokenizer: Its tokenizer.
         repo_id: `owner/name`; made where it is not there.
         plan: What was cut.
-        training: How it was healed.
+        training: How it was distilled.
         scores: Scores of roles: teacher, pruned, distilled, control.
         private: Whether others may not see it.
         hub: Arguments of huggingface_hub's create_repo and upload_folder, such as commit_message.

@@ -1,4 +1,4 @@
-"""A cut model in memory, trained on the full one."""
+"""A pruned model in memory, distilled from its teacher."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def distill(
     own precision, in eval mode. Nothing is written; DistillationTrainer has checkpoints, DeepSpeed and evaluations.
 
     Args:
-        student: The cut model.
+        student: The pruned model.
         teacher: The model it was cut from, in any precision, or its name; left as it was.
         data: Texts, rows, or the name of a data set (shoal.data.sources.Given); auto = the recipe's, for ``losses``.
         tokenizer: The tokenizer of both; None = that of the student's name.
@@ -111,8 +111,8 @@ def _refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     is_cut = [hasattr(model.config, KEPT_LAYERS) for model in (student, teacher)]
     if is_cut == [False, True] and len(decoder_layers(student)) > len(decoder_layers(teacher)):
         raise UserError(
-            "shoal.distill: the teacher is a model that shoal has cut, and the student a deeper one that it has not; "
-            "give the cut model first"
+            "shoal.distill: the teacher was pruned by shoal, and the student is deeper and was not; give the pruned "
+            "model first"
         )
 
 

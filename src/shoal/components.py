@@ -22,7 +22,7 @@ answer is predicted; donor = the layer as another model has it."""
 
 @dataclass(frozen=True)
 class Component:
-    """What is taken out of the intact model, or put in from a donor, at one time."""
+    """What is removed from the teacher, or put in from a donor, at one time."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 

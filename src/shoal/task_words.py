@@ -20,7 +20,7 @@ COLUMNS = {
     "reworded": "reworded questions",
     "out": "untrained abilities",
     "public": "public benchmarks",
-    "in": "trained form",
+    "in": "trained wording",
 }
 """Column -> its words, in the order in which they stand beside each other; see TaskScore.column."""
 ABILITIES = ("retrieval", "knowledge", "reasoning")

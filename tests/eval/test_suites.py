@@ -68,6 +68,13 @@ def test_a_suite_is_spelled_out_and_what_the_recipe_says_wins() -> None:
     assert both.perplexity_tokens == read_suite("full").perplexity_tokens
 
 
+def test_old_names_of_tasks_are_read_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    asked = evaluation(tasks=["refusal_harmful_twin_generation", "shoal_twins", "my_twin"], limit={"json_twin": 3})
+    assert asked.tasks == ("refusal_harmful_reworded_generation", "shoal_reworded", "my_twin")
+    assert asked.limit == {"default": 200, "json_reworded": 3}
+    assert "refusal_harmful_twin_generation is called refusal_harmful_reworded_generation now" in caplog.text
+
+
 def test_a_limit_by_tasks_keeps_the_default_that_it_does_not_name() -> None:
     assert evaluation(limit={"a": 3}).limit == {"default": 200, "a": 3}
     assert evaluation(limit={}).limit == evaluation(limit={"default": 200}).limit == 200

@@ -63,7 +63,7 @@ def test_a_model_that_answers_nothing_right_has_nothing_to_patch(recipe: str) ->
 
 @pytest.mark.prove
 def test_depth_use_sweeps_the_cut_model_and_one_beside(recipe: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no cut model yet"):
+    with pytest.raises(UserError, match="has no pruned model yet"):
         lab(["depth_use", recipe])
     prune(open_run(load_recipe(recipe)))
     beside = tiny_checkpoint(tmp_path / "beside", "llama", max_position_embeddings=4096, seed=1)

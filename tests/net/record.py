@@ -110,7 +110,7 @@ def importance(run: Path) -> Iterator[tuple[str, Any]]:
     sweeps = [found["atlas"]["sweep"] if found["atlas"] else None, *found.get("sweeps", {}).values()]
     for sweep in filter(None, sweeps):
         for column in sweep["columns"]:
-            scores = [column["intact"]["value"], *(effect["score"]["value"] for effect in column["effects"])]
+            scores = [column["baseline"]["value"], *(effect["score"]["value"] for effect in column["effects"])]
             yield f"sweep.{sweep['operator']}.{column['task']}", scores
 
 
@@ -176,7 +176,7 @@ def scores(run: Path) -> Iterator[tuple[str, Any]]:
 
 
 def report(run: Path) -> Iterator[tuple[str, Any]]:
-    """The report's first table: what was lost and what came back."""
+    """The report's first table: what was lost and recovered."""
     lines = (run / "report.md").read_text().replace("\\", "").replace("*", "").splitlines()
     table = [line for line in lines[: lines.index("## Read with care")] if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]

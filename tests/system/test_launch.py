@@ -307,7 +307,7 @@ def test_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(teacher
             json.loads((tmp_path / rank / f"run/sweep/layer/{file}.json").read_text()) for rank in ("one", "all")
         )
         assert others["ids"] == scores["ids"]
-        assert others["intact"] == pytest.approx(scores["intact"], abs=1e-5)
+        assert others["baseline"] == pytest.approx(scores["baseline"], abs=1e-5)
         for unit, items in scores["without"].items():
             assert others["without"][unit] == pytest.approx(items, abs=1e-5)
     answers = [(tmp_path / f"all/run/sweep/layer/answers-{rank}.jsonl").read_text() for rank in range(ranks)]
@@ -355,7 +355,7 @@ def test_the_control_is_trained_after_the_student_and_scored_beside_it(pruned, t
     tasks = ["eval.tasks=[knowledge_continuation]", "eval.limit=4", "eval.perplexity_tokens=200"]
     control = [*tasks, "eval.control=true"]
     log = finished(launch("distill.py", path, *control, ranks=1))
-    assert "after the student the uncut teacher is trained on the same rows" in log
+    assert "after the student the teacher is trained on the same rows" in log
     stage("eval", path, *control, ranks=1)
     found = path.parent / "run" / "eval"
     roles = {role: Scores.load(found / f"{role}.json") for role in ("teacher", "pruned", "control", "distilled")}

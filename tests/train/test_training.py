@@ -205,7 +205,7 @@ def test_a_step_that_is_no_number_ends_the_run_before_it_is_saved(teacher, cut, 
 @pytest.mark.parametrize(
     ("layer", "told", "stage", "ranks"),
     [
-        (5, "the cut model: model.layers.3", 0, 1),
+        (5, "the pruned model: model.layers.3", 0, 1),
         (2, "teacher: model.layers.2", 0, 1),
         pytest.param(2, "teacher: model.layers.2", 3, 2, marks=pytest.mark.prove),
     ],

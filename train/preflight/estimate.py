@@ -53,7 +53,7 @@ def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None
         seconds *= 1 + times
         needed += missing_bytes(uncut, run_dir / CONTROL)
         beside = [
-            f"control: after the student the uncut teacher is trained on the same rows, {len(uncut.student.layers)} "
+            f"control: after the student the teacher is trained on the same rows, {len(uncut.student.layers)} "
             f"layers, {count_text(uncut.student.trained)} weights trained: {times:.2f} times the student's time, "
             f"{uncut.memory.peak / 1e9:.2f} GB at the peak of a rank ({free.verdict(uncut)})"
         ]

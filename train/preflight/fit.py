@@ -180,7 +180,7 @@ def check_control(control: TrainSpec, folder: Path, spec: TrainSpec, run_dir: Pa
     size = check_fit(control, folder, beside=missing_bytes(own, run_dir))
     if size is not None:
         log.info(
-            "eval.control: after the student the uncut teacher is trained on the same rows, which takes %.2g times as "
+            "eval.control: after the student the teacher is trained on the same rows, which takes %.2g times as "
             "long and %s on the disk; eval.control: false does without it",
             flops_per_token(size) / flops_per_token(own),
             bytes_text(sum(disk_bytes(size).values())),

@@ -1,6 +1,6 @@
 """Requests whose answers a program checks: JSON with given fields, texts by a rule, harmful and harmless requests.
 
-instructed.yaml has them, each in a wording that healing text may have and reworded.
+instructed.yaml has them, each in a wording that training text may have and reworded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Distillation text made of training-split items in the trained forms: other content than the evaluation asks for."""
+"""Distillation text made of training-split items in the trained wordings: evaluation asks for other content."""
 
 import random
 from collections.abc import Callable, Sequence

@@ -20,7 +20,7 @@ from shoal.task_words import Column
 FEW_ITEMS = 50
 """Number of items below which whoever shows an interval says that they are few."""
 CONTROL = "control"
-"""Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
+"""Role of the teacher that was trained as the student, and the folder of its training in a run directory."""
 MODEL = "model"
 """Role of a model that is no run's: a checkpoint as it is, which `shoal compare` takes beside runs."""
 PERPLEXITY = "perplexity"

@@ -1,6 +1,6 @@
 """importance.json: scores of layers and of runs of them, greedy orders, and what sweeps have measured.
 
-A sweep is one table of components by columns for every operator. An operator takes one component out of the intact
+A sweep is one table of components by columns for every operator. An operator takes one component out of the
 model at a time (a layer, a half of one); a column is one task under one protocol. Only numbers per column are kept
 here; scores per item lie beside the run's other files.
 """
@@ -44,14 +44,14 @@ class Effect:
 
     score: Estimate
     change: Estimate
-    """Score without the component - intact score, over the same items."""
-    retention: Estimate | None
-    """(score - chance) / (intact score - chance); None where the column says why."""
+    """Score without the component - baseline score (with all components), over the same items."""
+    share_kept: Estimate | None
+    """(score - chance) / (baseline score - chance); None if there is none, see SweepColumn.no_share."""
     p_value: float
     adjusted_p: float
     """After Holm's correction over the components of the column."""
     critical: bool
-    """Significantly worse than intact at the 5 % level after Holm's correction."""
+    """Significantly worse than the baseline at the 5 % level after Holm's correction."""
     malformed: float | None = None
     """Share of the written texts from which no answer can be read; None where nothing is written."""
     repetition: float | None = None
@@ -71,14 +71,14 @@ class SweepColumn:
     n: int
     version: str
     num_fewshot: int
-    intact: Estimate
+    baseline: Estimate
     test: Literal["mcnemar-exact", "paired-t"]
     effects: tuple[Effect, ...]
     """One per component, in the order of the sweep's units."""
-    no_retention: str = ""
-    """Why there is no retention; empty where there is one."""
+    no_share: str = ""
+    """Why there is no share kept; empty if there is one."""
     malformed: float | None = None
-    """Of the intact model, as in Effect."""
+    """Of the baseline, as in Effect."""
     repetition: float | None = None
     correlation: tuple[tuple[float, ...], ...] = ()
     """Row i: correlation of the change of component i with those of components 0..i, over items. What the interval of a
@@ -126,7 +126,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class ProtocolGap:
-    """Retention by likelihood minus retention in generated text, on the items that both columns share."""
+    """Share kept by likelihood minus share kept in generated text, on the items that both columns share."""
 
     ability: str
     likelihood: str
@@ -144,7 +144,7 @@ class ProtocolGap:
 class DepthProfile:
     """Where in the depth of the model a column's importance lies, by the loss w of every layer.
 
-    w = max(0, 1 - retention); max(0, increase) for nats.
+    w = max(0, 1 - share kept); max(0, increase) for nats.
     """
 
     task: str

@@ -92,7 +92,7 @@ class ClosedGap:
 
 @dataclass(frozen=True)
 class PlannedChange:
-    """What a change does to layers that stay, as far as healing, reports and cards have to know. Numbers are the
+    """What a change does to layers that stay, as far as training, reports and cards need it. Numbers are the
     teacher's."""
 
     kind: str

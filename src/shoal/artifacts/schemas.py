@@ -26,7 +26,7 @@ FOLLOWS: dict[type[Artifact], dict[str, Any]] = {
         "changed": {
             "type": "array",
             "items": {"type": "integer"},
-            "description": "Layers of the full model that stay and do something else, increasing.",
+            "description": "Layers of the teacher that stay and do something else, increasing.",
         }
     },
     Importance: {
@@ -44,7 +44,7 @@ MADE = {
     "properties": {
         "created": {"type": "string", "description": "Time, ISO 8601."},
         "shoal": {"type": "string", "description": "Version of shoal."},
-        "model": {"type": "string", "description": "The full model, as the recipe names it; empty where it had none."},
+        "model": {"type": "string", "description": "The teacher, as the recipe names it; empty if it had none."},
         "fingerprint": {"type": "string", "description": "Equal = made of the same things with the same settings."},
     },
     "required": ["created", "shoal", "model", "fingerprint"],

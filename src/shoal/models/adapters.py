@@ -34,13 +34,13 @@ def check_mergeable(folder: Path, base: Any) -> None:
     """Refuse what the proof of a merge cannot see; ``base`` is the configuration of the adapter's base.
 
     Raises:
-        UserError: a full model beside the adapter, an adapter that changed the base's weights too, pickled or damaged
+        UserError: a checkpoint next to the adapter, an adapter that changed the base's weights too, pickled or damaged
             weights, or a base that is quantised.
     """
     start = json_or_empty(folder / ADAPTER_CONFIG).get("init_lora_weights", True)
     full = sorted(file.name for file in (*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")))
     problems = (
-        (bool(full), f"holds an adapter and a full model ({full[:1]}); move one of them to a folder of its own"),
+        (bool(full), f"has an adapter and a whole checkpoint ({full[:1]}); move one of them to a folder of its own"),
         (
             start not in INITIALISATIONS,
             f"was initialised by {start}, which changes the base's weights too; save it as a plain LoRA (peft's "
@@ -98,14 +98,14 @@ def _merged(model: PreTrainedModel, folder: Path, base: Path) -> PreTrainedModel
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}: cannot be merged into its base {base}: {str(error).strip().splitlines()[0]}; set "
-            f"base_model_name_or_path in {ADAPTER_CONFIG} to the model that the adapter was trained on, or give a full "
-            "model"
+            f"base_model_name_or_path in {ADAPTER_CONFIG} to the model that the adapter was trained on, or give a "
+            "merged checkpoint"
         ) from error
     difference, largest = (expected - _logits(merged)).abs().max().item(), expected.abs().max().item()
     if not difference <= TOLERANCE * largest:
         raise UserError(
             f"{folder}: merged, it gives other logits than base and adapter side by side (by up to {difference:.3g}; "
-            f"the largest is {largest:.3g}), as a LoRA on one of two tied embeddings does; give a full model"
+            f"the largest is {largest:.3g}), as a LoRA on one of two tied embeddings does; give a merged checkpoint"
         )
     return merged
 

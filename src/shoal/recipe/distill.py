@@ -1,4 +1,4 @@
-"""How a cut model is trained on the full one: the section `distill`."""
+"""How a pruned model is distilled from its teacher: the section `distill`."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class OnPolicy(Section):
 
 @dataclass(frozen=True)
 class Distill(Section):
-    """How the cut model is trained on the full one."""
+    """How the pruned model is distilled from its teacher."""
 
     data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource(AUTO),)
     """Text that the student is trained on, and images with questions and answers."""

@@ -65,8 +65,8 @@ class Eval(Limited):
         *("retrieval_reworded_continuation", "knowledge_reworded_continuation", "reasoning_reworded_continuation"),
     )
     """Tasks and groups, shoal's own (configs/tasks) and every one that lm-eval ships, by name; and suites, which bring
-    their limits and perplexity_tokens: quick (minutes, bundled data), transfer (minutes, what a healed model is judged
-    by), standard or full. Of several suites the first one's numbers count. By default every ability in a form that
+    their limits and perplexity_tokens: quick (minutes, bundled data), transfer (minutes, judges a distilled
+    model), standard or full. Of several suites the first one's numbers count. By default every ability in a form that
     training text may have, and reworded: without that a form that was learnt passes for an ability that came back."""
     limit: Annotated[Limit, Shapes.SCORES] = 200
     """Items per task, or of single tasks by name: {default: 200, gsm8k: 100}; None = all. It caps a suite's limits of
@@ -93,7 +93,7 @@ class Eval(Limited):
     """Library that runs the models. vllm has to be installed, needs a GPU and answers on one rank. Its likelihoods and
     texts are its own, so its scores are compared with scores of vLLM alone. Speed is measured with transformers."""
     control: Annotated[bool, Shapes.NOTHING] = False
-    """Train the uncut teacher too, on the same rows with the same settings, and score it as the role `control`, which
+    """Train the teacher too, on the same rows with the same settings, and score it as the role `control`, which
     shows what training on this text does to a model that has lost nothing. Takes longer than training the student."""
     speed: Annotated[bool | Annotated[tuple[Positive, ...], Field(min_length=1)], Shapes.SPEED] = True
     """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and

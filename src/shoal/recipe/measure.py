@@ -59,7 +59,7 @@ class Sweeps(Limited):
     limit: Annotated[Least | dict[str, Least | None] | None, Shapes.SCORES] = 100
     """Items per task, or of single tasks by name: {default: 100, gsm8k: 50}; None = all."""
     operators: Annotated[Annotated[tuple[Operator, ...], Field(min_length=1), Once], Shapes.SCORES] = ("layer",)
-    """What is taken out of the intact model, one at a time: a layer, or a half of one; `shoal lab sweeps` has more."""
+    """What is removed from the teacher, one at a time: a layer, or a half of one; `shoal lab sweeps` has more."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ RESULTS = (FILE, "run.json", "importance.json", "plan.json", "distill.json", "ev
 """What a run leaves, whichever stages it had."""
 FOLDERS = ("checkpoints", "control", "distilled", "eval", "figures", "gguf", "signals", "student", "text")
 """What stages write into or replace."""
-_HEAD = "# kept by shoal: what this run is made with, overrides included; `shoal VERB RUN_DIR` reads it\n"
+_HEAD = "# kept by shoal: what this run is made with, overrides included; `shoal COMMAND RUN_DIR` reads it\n"
 _OURS = re.compile(re.escape(_HEAD) + r"(# signature (?P<signature>\w+)\n)?")
 
 

@@ -286,16 +286,16 @@ def no_retention(teacher: TaskScore) -> str:
         told = f"{teacher.score:.2f} against {teacher.chance:.2f}, n = {teacher.n}"
         return f"the teacher is not shown to be above chance ({told})"
     if teacher.n == 1 and not is_binary(teacher):
-        return f"a single item says nothing of the spread of {teacher.metric}"
+        return f"a single item does not show the spread of {teacher.metric}"
     return ""
 
 
 def share_items(own: TaskScore, reworded: TaskScore) -> bool:
-    """Whether at least half of the items of the shorter have the same ids, which a form gap is taken over."""
+    """Whether at least half of the items of the shorter have the same ids, which a wording gap is taken over."""
     return 2 * len({item.id for item in own.items} & {item.id for item in reworded.items}) >= min(own.n, reworded.n)
 
 
-def form_gap(own: TaskScore, reworded: TaskScore) -> PairedDifference:
+def wording_gap(own: TaskScore, reworded: TaskScore) -> PairedDifference:
     """own - reworded, item by item: what the form that training text may have adds to the score of the same content.
 
     Over the items that both have, since a limit may have left one of them fewer. Interval and test as in paired.
@@ -308,23 +308,23 @@ def form_gap(own: TaskScore, reworded: TaskScore) -> PairedDifference:
     return paired_values(*_aligned(reworded, own), binary=binary, higher_is_better=own.higher_is_better)
 
 
-def form_influences(own: TaskScore, reworded: TaskScore) -> dict[str, float]:
-    """How far each item, by id, moves the form gap."""
+def wording_influences(own: TaskScore, reworded: TaskScore) -> dict[str, float]:
+    """How far each item, by id, moves the wording gap."""
     own_N, reworded_N, weights_N = _aligned(own, reworded)
     return dict(zip(_shared_ids(own, reworded), _moves(own_N - reworded_N, weights_N).tolist(), strict=True))
 
 
-def form_gap_change(
+def wording_gap_change(
     before: tuple[TaskScore, TaskScore], after: tuple[TaskScore, TaskScore]
 ) -> tuple[float, float, float]:
-    """The form gap of ``after`` minus that of ``before`` with its 95 % interval; each is (own, reworded).
+    """The wording gap of ``after`` minus that of ``before`` with its 95 % interval; each is (own, reworded).
 
     Over the items that all four have. 0/1 scores: the limits of both gaps added as squares, with the correlation of the
     items' gaps. (Resampling covers 78 % instead of 95 % with 40 items of which nearly all are right.) Others:
     mean_limits of (own - reworded) after minus before.
 
     Raises:
-        UserError: as form_gap does, or a task was measured with different settings before and after.
+        UserError: as wording_gap does, or a task was measured with different settings before and after.
     """
     for first, second in zip(before, after, strict=True):
         require_same_measurement(first, second)

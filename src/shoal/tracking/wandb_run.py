@@ -101,7 +101,7 @@ def log_results(
     """Log on rank 0 the scores, figures and result files of the run directory, unless just these were logged before.
 
     ``score_rows`` reads the before/after table of a run directory: column, role, task, protocol, metric, score,
-    retention and form_gap among others.
+    share_kept and wording_gap among others.
     """
     files = sorted(file for pattern in RESULT_FILES for file in run_dir.glob(pattern))
     if not files or not is_main() or wandb_mode(track) == "off":
@@ -123,13 +123,13 @@ def log_results(
 
 
 def _log_scores(run: Run, rows: list[dict[str, Any]]) -> None:
-    """The before/after table; scores, retention and form gaps go into the summary too, by which W&B compares runs."""
+    """The before/after table; scores, shares kept and wording gaps go into the summary, by which W&B compares runs."""
     import wandb
 
     for row in rows:
-        # the column stands first where it is known: nobody takes a score in the trained form for another
+        # the column stands first where it is known: nobody takes a score in the trained wording for another
         name = "/".join(row[key] for key in ("column", "role", "task", "protocol", "metric") if row[key])
-        values = {f"{key}/{name}": row[key] for key in ("score", "retention", "form_gap") if row[key] is not None}
+        values = {f"{key}/{name}": row[key] for key in ("score", "share_kept", "wording_gap") if row[key] is not None}
         run.summary.update(values)
     if rows:
         table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])

@@ -110,10 +110,10 @@ UNEQUAL = ([512.0] * 3 + [6.0] * 9) * 3
 def test_retention_is_the_share_of_the_score_above_chance() -> None:
     for column in atlas().columns[:3]:
         for effect, lost in zip(column.effects, LOST[column.task], strict=True):
-            assert effect.retention is not None
+            assert effect.share_kept is not None
             expected = ((64 - lost) / 80 - column.chance) / (64 / 80 - column.chance)
-            assert effect.retention.value == pytest.approx(expected)
-            assert effect.retention.low <= expected <= effect.retention.high
+            assert effect.share_kept.value == pytest.approx(expected)
+            assert effect.share_kept.low <= expected <= effect.share_kept.high
 
 
 def test_a_layer_is_critical_only_after_holms_correction() -> None:
@@ -143,10 +143,10 @@ def test_importance_is_higher_for_layers_to_keep_whatever_the_direction_of_the_m
     assert made.columns[3].importances[0] == pytest.approx(4.0, abs=0.01)
 
 
-def test_a_task_without_signal_has_no_retention_and_says_why() -> None:
+def test_a_task_without_signal_has_no_share_kept_and_says_why() -> None:
     made = task(right(0.3))
     (column,) = build_atlas([made], [[made], [made]]).columns
-    assert column.no_retention == "the intact model is not clear of chance (0.30 against 0.25, n = 80)"
+    assert column.no_share == "the baseline is not clearly above chance (0.30 against 0.25, n = 80)"
     assert layer_losses(column) is None
 
 
@@ -211,7 +211,7 @@ def test_depth_centroid_equals_its_definition() -> None:
     made = atlas()
     for column, profile in zip(made.columns, made.depth, strict=True):
         if column.higher_is_better:
-            kept = [effect.retention.value for effect in column.effects if effect.retention]
+            kept = [effect.share_kept.value for effect in column.effects if effect.share_kept]
             weights = [max(0.0, 1 - value) for value in kept]
         else:
             weights = [max(0.0, effect.change.value) for effect in column.effects]
@@ -224,7 +224,7 @@ def test_depth_centroid_equals_its_definition() -> None:
 def test_cornerstones_are_the_layers_that_take_a_task_to_chance() -> None:
     assert cornerstones(atlas().sweep) == (0,)
     at_chance = task(right(0.25))
-    with pytest.raises(UserError, match="cornerstone needs a task on which the intact model is clear of chance"):
+    with pytest.raises(UserError, match="cornerstone needs a task on which the teacher is clearly above chance"):
         cornerstones(build_atlas([at_chance], [[at_chance]]).sweep)
 
 

@@ -29,7 +29,7 @@ def test_a_layer_is_critical_for_what_it_does_and_for_nothing_else(
     atlas: Atlas, label: str, critical: list[int]
 ) -> None:
     (found,) = atlas.of(label)
-    assert found.intact.value == 1.0
+    assert found.baseline.value == 1.0
     assert list(found.critical) == critical
     spared = [layer for layer in range(NUM_LAYERS) if layer not in critical]
     assert all(found.importances[layer] == 0 for layer in spared)

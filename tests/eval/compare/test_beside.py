@@ -86,7 +86,7 @@ def test_a_model_of_another_tokenizer_is_compared_on_what_counts_no_tokens(run_d
     merging_tokenizer().save_pretrained(other)
     comparison = compare_runs([run_dir, compared(run_dir, other, out=tmp_path / "out")])
     assert [task.task for task in comparison.tasks] == ["knowledge_continuation"]
-    assert any("perplexity is left out: it counts tokens" in reason for reason in comparison.left_out)
+    assert any("perplexity is not compared: it is a mean per token" in reason for reason in comparison.left_out)
     assert comparison.models[2].cells[0].difference is not None
 
 

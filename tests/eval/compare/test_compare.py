@@ -62,8 +62,10 @@ def test_what_few_changes_mean_for_an_interval_is_said_where_there_are_few(
 ) -> None:
     other = write_run(tmp_path / "b", distilled=distilled, roles=("teacher", "distilled"))
     text = comparison_text(compare_runs([write_run(tmp_path / "a"), other]))
-    assert (", few changed" in text) == ("it holds the truth in 97 to 100 of 100 cases" in text) == few
-    assert "hold the truth in 92 to 100 of 100 cases, not in 95: perplexity (running text)" in text, "12 windows"
+    assert (", few changed" in text) == ("they contain the true value in 97 to 100 % of cases" in text) == few
+    assert "contain the true value in 92 to 100 % of cases, not in 95 %: perplexity (running text)" in text, (
+        "12 windows"
+    )
 
 
 def test_a_missing_role_is_a_gap_that_is_named(tmp_path: Path) -> None:
@@ -88,9 +90,7 @@ def test_speeds_are_relative_to_their_own_teacher_and_of_one_kind(two: list[Path
     assert "30.0 (1.50 × [1.35, 1.88])" in comparison_text(comparison)
     write_speed(two[1], 1.8, batch_size=4)
     comparison = compare_runs(two)
-    assert "The speeds of B are left out: batch_size is 4 there and 1 in A, so they are not of one kind." in (
-        comparison.left_out
-    )
+    assert "The speeds of B are not shown: batch_size is 4 there and 1 in A." in (comparison.left_out)
     assert [model.speed_ratio for model in comparison.models if model.contender.letter == "B"] == [None, None]
 
 

@@ -15,7 +15,7 @@ from shoal.eval.compare.compare import Cell, RunComparison, compare_runs
 from shoal.eval.compare.figure import pareto_panels
 from shoal.eval.compare.page import as_data, comparison_text
 from shoal.eval.compare.standings import controls, mean_kept, standings, task_groups
-from shoal.stats.paired import Retention, form_gap, kept_change, retention
+from shoal.stats.paired import Retention, kept_change, retention, wording_gap
 
 
 def in_columns(share: float) -> tuple[TaskScore, ...]:
@@ -75,9 +75,9 @@ def test_models_rank_by_columns_outside_the_trained_form_that_count_the_same(col
     assert found[1].mean is not None
     assert found[1].mean.value == pytest.approx((reworded + needle + (arc + piqa) / 2) / 3)
     kept = {title: value.value for title, value in found[1].kept.items() if value}
-    assert list(kept) == ["Reworded questions", "Untrained abilities", "Public benchmarks", "Trained form"]
+    assert list(kept) == ["Reworded questions", "Untrained abilities", "Public benchmarks", "Trained wording"]
     assert kept["Public benchmarks"] == pytest.approx((arc + piqa) / 2)
-    assert kept["Trained form"] == pytest.approx(looked_up)
+    assert kept["Trained wording"] == pytest.approx(looked_up)
 
 
 def test_means_are_compared_over_the_same_items(columned: RunComparison) -> None:
@@ -90,9 +90,9 @@ def test_means_are_compared_over_the_same_items(columned: RunComparison) -> None
     assert best.against.ci_high - best.against.ci_low < best.mean.ci_high - best.mean.ci_low, "the items are shared"
 
 
-def test_every_model_has_its_form_gap(columned: RunComparison) -> None:
+def test_every_model_has_its_wording_gap(columned: RunComparison) -> None:
     for one, share in zip(standings(columned, task_groups(columned))[:2], (0.9, 0.7), strict=True):
-        gap = form_gap(*in_columns(share)[:2])
+        gap = wording_gap(*in_columns(share)[:2])
         assert one.form is not None
         assert astuple(one.form) == pytest.approx((gap.difference, gap.ci_low, gap.ci_high))
 
@@ -104,14 +104,14 @@ def test_a_control_tells_what_the_text_teaches_and_what_is_still_lost_by_column(
     comparison = compare_runs([one, other])
     assert ("A", "control") in [(model.contender.letter, model.role) for model in comparison.models]
     found = controls(comparison, task_groups(comparison))
-    assert list(found) == [("A", "form learnt"), ("A", "still lost")]
+    assert list(found) == [("A", "learnt from the text"), ("A", "still lost")]
     teacher, control, model = (in_columns(share)[1] for share in (0.9, 0.95, 0.7))
-    for what, before, after in (("form learnt", teacher, control), ("still lost", control, model)):
+    for what, before, after in (("learnt from the text", teacher, control), ("still lost", control, model)):
         told = found["A", what]["Reworded questions"]
         assert told is not None
         assert astuple(told) == pytest.approx(kept_change(teacher, before, after))
     text = comparison_text(comparison)
-    assert "A, form learnt (control − teacher)" in text
+    assert "A, learnt from the text (control − teacher)" in text
     assert "A, still lost (distilled − control)" in text
     assert "A control" in text
     assert "control" not in [point.role for points in pareto_panels(comparison).values() for point in points]
@@ -123,15 +123,15 @@ def test_the_page_says_what_ranks_and_the_figure_what_its_axis_holds(columned: R
     text = comparison_text(columned)
     assert "in the mean of reworded questions, untrained abilities and public benchmarks." in text
     assert re.search(r"B distilled keeps the most of its teacher: \d+ %", text)
-    assert "each is the mean of its tasks and counts the same" in text
+    assert "Each of these is the mean of its tasks" in text
     against = "B distilled against A distilled"
     outside, inside = (line for line in text.splitlines() if line.startswith(against))
     assert re.match(rf"{against}: .*(perplexity|of 5 tasks)", outside)
-    assert re.match(rf"{against}, in the trained form: .*(retrieval \(generated\)|on 1 of 1 task)", inside)
+    assert re.match(rf"{against}, in the trained wording: .*(retrieval \(generated\)|on 1 of 1 task)", inside)
     assert "retrieval (generated" not in outside
-    assert "The teacher's says how much harder that form is" in text
+    assert "The teacher's gap shows how much harder" in text
     data = as_data(columned)
     assert data["ranked_by"] == ["Reworded questions", "Untrained abilities", "Public benchmarks"]
     assert data["standings"][1]["role"] == "distilled"
-    assert data["standings"][0]["form_gap"]["value"] > 0
+    assert data["standings"][0]["wording_gap"]["value"] > 0
     assert [task["column"] for task in data["tasks"]] == ["reworded", "out", "public", "public", "in", ""]

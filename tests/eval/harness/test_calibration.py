@@ -99,7 +99,7 @@ def test_report_and_comparison_tell_it(tmp_path: Path) -> None:
         evaluation(role, (chosen(role),)).save(folder / "eval" / f"{role}.json")
     told = (write_report(folder).parent / "report.md").read_text()
     error = f"{100 * chosen('pruned').rates['calibration_error']:.1f} % (luck alone: "
-    assert "Confidence less share right" in told
+    assert "Confidence minus share correct" in told
     assert error in told
     runs = [compared_run(tmp_path / name, change=lambda own: with_confidence(own, 0.9)) for name in ("a", "b")]
     assert "Calibration error" in comparison_text(compare_runs(runs))

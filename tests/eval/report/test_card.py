@@ -75,18 +75,18 @@ def test_every_result_keeps_its_own_interval_where_a_task_has_two_metrics(folder
 def test_the_trained_form_has_a_table_of_its_own_and_gaps_and_control_are_told(tmp_path: Path) -> None:
     card = model_card(write_formed(tmp_path)).replace("\\", "")
     opening, results = card.split("## Before and after")
-    outside, inside = results.split("What distilling brought back")[0].split("### In the form of training text")
+    outside, inside = results.split("Recovered by distillation")[0].split("### In the trained wording")
     assert "| retrieval, reworded, generated |" in outside
     assert "| ARC easy, option text |" in outside
     assert "| retrieval, generated |" not in outside
     trained = next(line for line in inside.splitlines() if line.startswith("| retrieval, generated |"))
     assert "more than the teacher" in trained
     assert "more of the form" in inside
-    assert "that much is still lost" in opening
-    gaps = card.split("### Form and ability")[1].split("\n## ")[0]
+    assert "Still lost: the control" in opening
+    gaps = card.split("### Wording and ability")[1].split("\n## ")[0]
     assert "| retrieval, generated | +4 points [−10, +18], 64 % − 60 % | " in gaps
-    assert "What the control learnt, the uncut teacher trained alike" in card
-    assert "What is still lost: distilled minus control" in card
+    assert "Learnt from the text: control (the teacher after the same training)" in card
+    assert "Still lost: distilled minus control" in card
 
 
 def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
@@ -94,7 +94,7 @@ def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
     for text in (
         "Dropped layers (of the base model, counted from 0): 3 to 5",
         "Scores with 95 % intervals",
-        "What distilling brought back: distilled minus pruned",
+        "Recovered by distillation: distilled minus pruned",
         "### No signal here",
         "## Read with care",
         "## Speed and size",
@@ -132,7 +132,7 @@ def test_license_comes_from_the_base_models_file_where_its_card_says_nothing(tmp
     card = model_card(folder)
     data = metadata(card)
     assert (data.license, data.license_name, data.license_link) == ("other", "license-of-the-base-model", "LICENSE.txt")
-    assert "taken over from the file LICENSE.txt that came with the base model; its text is in LICENSE.txt." in card
+    assert "from the file LICENSE.txt that came with the base model; its text is in LICENSE.txt." in card
 
 
 @pytest.mark.parametrize("readme", [None, "no metadata at all", "---\nlicense: [unclosed\n---\n"])
@@ -143,7 +143,7 @@ def test_unknown_license_is_called_other_and_said(tmp_path: Path, readme: str | 
         (base / "README.md").write_text(readme)
     card = model_card(write_run(tmp_path / "run", recipe={"model": str(base)}))
     assert metadata(card).license == "other"
-    assert "carried no license statement" in card
+    assert "stated no license" in card
 
 
 def test_a_local_base_model_keeps_its_path_to_itself(tmp_path: Path) -> None:
@@ -175,4 +175,4 @@ def test_card_tells_changes_and_calls_no_model_of_as_many_layers_a_smaller_one(t
     assert str(tmp_path) not in card
     assert "layer-pruning" not in metadata(card).tags
     assert "## What was changed" in card
-    assert not any(words in card for words in ("faster stand-in", "## What was cut"))
+    assert not any(words in card for words in ("faster stand-in", "## What was dropped"))

@@ -44,25 +44,21 @@ def read(source: str, **found: int) -> dict:
 @pytest.mark.parametrize(
     ("data", "tasks", "said"),
     [
-        (read("python_docs"), None, "Training and evaluation items are disjoint"),
-        (read("my.jsonl"), None, "It was not checked whether training text and evaluation items overlap"),
+        (read("python_docs"), None, "Training and evaluation share no items"),
+        (read("my.jsonl"), None, "Not checked for overlap of training text and evaluation items"),
         (read("python_docs_heldout"), None, "which is evaluation text, is part of the training text"),
         (read("python_docs"), "mmlu", "overlap for: MMLU, option text"),
         (
             read("my.jsonl", **EVERY_TASK),
             None,
-            f"No evaluation item of {len(EVERY_TASK)} tasks was found in the first 5,000 tokens of the training",
+            f"No evaluation item of {len(EVERY_TASK)} tasks occurs in the first 5,000 tokens of the training",
         ),
         (read("my.jsonl", mmlu=0), "gsm8k", "overlap for: GSM8K, option text"),  # evaluated after the search
         (read("python_docs", mmlu=0), "gsm8k", "overlap for: GSM8K, option text"),
-        (read("python_docs", mmlu=0), "knowledge_continuation", "No evaluation item of 1 tasks was found"),
+        (read("python_docs", mmlu=0), "knowledge_continuation", "No evaluation item of 1 tasks occurs"),
         (read("my.jsonl", mmlu=0), "knowledge_continuation", "overlap for: knowledge, option text"),
-        (read("python_docs"), "wikitext2_rolling", "overlap for: "),
-        (
-            read("my.jsonl", mmlu=0, gsm8k=3),
-            None,
-            "first 5,000 tokens of the training text, by 13 words in succession: 3 of 9",
-        ),
+        (read("python_docs"), "wikitext2_rolling", "and evaluation items: "),
+        (read("my.jsonl", mmlu=0, gsm8k=3), None, "tokens of the training text (13 equal words in a row): 3 of 9"),
     ],
 )
 def test_overlap_of_training_and_evaluation_is_stated(
@@ -80,11 +76,11 @@ def test_cautions_come_first_and_say_where_nothing_was_found(report: tuple[Page,
     titles = re.findall(r"^## (.*)$", report[1], flags=re.MULTILINE)
     assert titles[:2] == ["Read with care", "Before and after"]
     section = report[1].split("## Read with care")[1].split("\n## ")[0]
-    told = "The intact teacher is not 3 standard errors above chance on reasoning (generated)."
+    told = "The teacher is not 3 standard errors above chance on reasoning (generated)."
     assert f"**At chance from the start.** {told}" in section
     run, comparison = nothing_to_say()
     assert cautions(run, comparison) == ()
-    assert "Nothing was found" in render("report", "md", **contents(run, comparison, {}))
+    assert "No problem was found" in render("report", "md", **contents(run, comparison, {}))
 
 
 @pytest.mark.parametrize(("n", "is_said"), [(49, True), (50, False)])
@@ -95,7 +91,7 @@ def test_so_few_items_that_intervals_are_no_95_percent_are_a_caution_of_report_a
     for role in ("teacher", "pruned", "distilled"):
         own = choice(role, "retrieval_continuation", "retrieval", "continuation", n=n)
         evaluation(role, (own,)).save(tmp_path / "eval" / f"{role}.json")
-    said = "Fewer than 50 items, so the intervals are wide and hold the truth in 92 to 100 of 100 cases, not in 95"
+    said = "Fewer than 50 items, so the intervals are wide and contain the true value in 92 to 100 % of cases, not in"
     assert (said in told(tmp_path)) == (said in " ".join(model_card(tmp_path).split())) == is_said
 
 
@@ -132,8 +128,8 @@ def test_a_likelihood_score_that_hides_damage_is_a_caution() -> None:
 @pytest.mark.parametrize(
     ("sources", "said"),
     [
-        ({"ability_texts": {"tokens": 5}}, "Its training text has that form, with other items."),
-        ({"my.jsonl": {"tokens": 5}}, "Whether its training text has that form is not known here."),
+        ({"ability_texts": {"tokens": 5}}, "Its training text has this wording, with other items."),
+        ({"my.jsonl": {"tokens": 5}}, "It is not known whether its training text has this wording"),
     ],
 )
 def test_a_distilled_model_that_beats_its_teacher_may_have_learnt_the_form(
@@ -142,8 +138,8 @@ def test_a_distilled_model_that_beats_its_teacher_may_have_learnt_the_form(
     write_quickstart(tmp_path)
     replace(training(), data={"sources": sources}).save(tmp_path / "distill.json")
     text = told(tmp_path)
-    assert "The distilled model beats its teacher on 3 scores: it may have learnt the form of the questions." in text
+    assert "The distilled model beats its teacher on 3 scores: it may have learnt the wording of the questions." in text
     assert f"knowledge (generated) and reasoning (worked answers). {said}" in text
-    assert "what is more than the teacher has is no share of it, see “Read with care”" in text
+    assert "scores above the teacher have no share, see “Read with care”" in text
     write_run(tmp_path / "worse")
     assert "beats its teacher" not in told(tmp_path / "worse")

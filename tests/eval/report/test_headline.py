@@ -29,21 +29,19 @@ CASES = cases(__file__)
 def test_five_sentences_say_what_was_lost_came_back_and_is_still_lost(tmp_path: Path) -> None:
     run = read_run(write_formed(tmp_path))
     cut, lost, back, missing, follows = headline(run, compare(run))
-    assert cut.startswith("6 of the 30 decoder layers of demo:smollm2-135m were cut out (layers 12 to 14, 21, 25, 26, ")
+    assert cut.startswith("6 of the 30 decoder layers of demo:smollm2-135m were dropped (layers 12 to 14, 21, 25, 26, ")
     assert lost == (
-        "Without training the cut model keeps 48 % [40, 56] of what the teacher has above chance on 4 tasks outside "
-        "the trained form, and least on retrieval, reworded, generated (20 % [7, 36])."
+        "Before training, the pruned model keeps 48 % [40, 56] of the teacher's score above chance (mean of 4 tasks "
+        "outside the trained wording), least on retrieval, reworded, generated (20 % [7, 36])."
     )
-    assert back == "Training brings that to 68 % [60, 76]: +20 points [+15, +26]."
-    assert missing == (
-        "The control, the uncut model after the same training, has +33 points [+26, +42] more: that much is still lost."
-    )
-    assert follows.startswith("Train longer, or cut fewer layers: clearly worse than the teacher on retrieval (rewo")
+    assert back == "After training, the distilled model keeps 68 % [60, 76]: +20 points [+15, +26]."
+    assert missing == "Still lost: the control (the teacher after the same training) is +33 points [+26, +42] ahead."
+    assert follows.startswith("Train longer, or drop fewer layers: clearly worse than the teacher on retrieval (rewo")
 
 
 def test_a_run_that_max_minutes_made_smaller_says_so_first(tmp_path: Path) -> None:
     run = replace(read_run(write_formed(tmp_path)), numerics={"size": 0.2})
-    assert headline(run, compare(run))[0].endswith("This run took 20 % of its recipe's tokens and items.")
+    assert headline(run, compare(run))[0].startswith("Short run: only 20 % of its recipe's tokens and items.")
 
 
 def test_a_mean_share_is_that_of_its_tasks(tmp_path: Path) -> None:
@@ -84,8 +82,8 @@ def test_a_control_that_lacks_a_task_still_counts_where_it_was_asked(tmp_path: P
         made = evaluation("teacher" if role == "control" else role, tuple(tasks[: 1 if role == "control" else 2]))
         replace(made, role=role).save(tmp_path / "eval" / f"{role}.json")
     told = headline(run := read_run(tmp_path), compare(run))
-    assert "on 2 tasks outside" in told[1]
-    assert told[3].startswith("The control, the uncut model after the same training, has +40 points")
+    assert "mean of 2 tasks outside" in told[1]
+    assert told[3].startswith("Still lost: the control (the teacher after the same training) is +40 points")
     assert "the control has clearly more" in told[4]
 
 
@@ -106,7 +104,7 @@ def test_the_speed_at_a_glance_has_the_range_of_its_rounds(report: tuple[Page, s
         ((), "Changed in the model: attention 3 silent and layer 5 swapped."),
         (
             (2,),
-            "1 of the 8 decoder layers of the model was cut out (layer 2, counted from 0). "
+            "1 of the 8 decoder layers of the model was dropped (layer 2, counted from 0). "
             "Changed: attention 3 silent and layer 5 swapped.",
         ),
     ],
@@ -118,7 +116,7 @@ def test_changes_are_told(tmp_path: Path, drop: tuple[int, ...], said: str) -> N
     assert headline(run, compare(run))[0] == said
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "attention 3 silent" in page
-    assert ("Cut: layers" in page) == bool(drop)
+    assert ("Dropped: layers" in page) == bool(drop)
 
 
 def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path: Path) -> None:
@@ -136,10 +134,11 @@ def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path:
         text = told(tmp_path)
         assert text.count("▼ worse") == worse
         # the interval of that task leaves out 0 alone; where nothing changed it is wider than it has to be
-        assert text.count("○ not clear by the corrected test") == (count == 10)
+        assert text.count("○ likely but not confirmed") == text.count("| likely but not confirmed [") == (count == 10)
+        assert ("“Likely but not confirmed”: the interval excludes 0, but p ≥ 0.05" in text) == (count == 10)
         assert text.count("○ no clear change") == text.count(", few changed") == count - 1
-        assert ("“Few changed”: fewer than 5 answers did" in text) == (count == 10)
-        assert "hold the truth in 92 to 100 of 100 cases" not in text, "there are 200 items"
+        assert ("“Few changed”: fewer than 5 answers changed" in text) == (count == 10)
+        assert "contain the true value in 92 to 100 %" not in text, "there are 200 items"
 
 
 @pytest.mark.slow

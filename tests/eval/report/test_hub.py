@@ -225,7 +225,7 @@ def test_a_model_in_memory_arrives_with_a_card_of_its_results(hub: Hub, monkeypa
         shoal.push_to_hub(student, tokenizer, REPO)
     with pytest.raises(UserError, match=r"scores: two of one role"):
         shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=[scores[0], scores[0]])
-    with pytest.raises(UserError, match=r"commit_massage: is no argument of huggingface_hub's create_repo"):
+    with pytest.raises(UserError, match=r"commit_massage: is not an argument of huggingface_hub's create_repo"):
         shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=scores, commit_massage="x")
     assert not hub.created
     url = shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=scores, endpoint=hub.url)
@@ -233,7 +233,7 @@ def test_a_model_in_memory_arrives_with_a_card_of_its_results(hub: Hub, monkeypa
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
     card = hub.small["README.md"].decode()
     assert "Dropped layers (of the base model, counted from 0): 2" in card
-    assert "recipe makes it again" not in card
+    assert "from this recipe" not in card
     assert "base_model:" not in card
     assert "knowledge_continuation" in card
 

@@ -33,7 +33,7 @@ def test_a_swept_run_shows_its_atlas(tmp_path: Path) -> None:
     removed = [scores["pruned"], scores["distilled"]] * (NUM_LAYERS // 2)
     replace(importance(), atlas=build_atlas(scores["teacher"], removed)).save(folder / "importance.json")
     text = write_report(folder).read_text()
-    assert "What every layer is worth, by ability and protocol" in text
+    assert "Ablation of every layer, by ability and protocol" in text
     assert (folder / "figures/atlas.png").stat().st_size > 1000
 
 
@@ -46,7 +46,7 @@ def test_tasks_at_chance_are_listed_and_not_hidden(report: tuple[Page, str, Path
     assert "No signal here" in page.words
 
 
-def test_protocol_gap_is_retention_by_likelihood_minus_generation(report: tuple[Page, str, Path]) -> None:
+def test_protocol_gap_is_share_kept_by_likelihood_minus_generation(report: tuple[Page, str, Path]) -> None:
     rows = compare(read_run(report[2])).rows
     ((likely, written, gap),) = protocol_gaps(rows, "pruned")
     first, second = likely.retained["pruned"].value, written.retained["pruned"].value
@@ -61,9 +61,9 @@ def test_flips_show_both_texts_and_their_counts(report: tuple[Page, str, Path]) 
     row = next(row for row in compare(read_run(folder)).rows if row.key[0] == "retrieval_continuation")
     won = paired(row.scores["pruned"], row.scores["distilled"]).won
     assert won > MOST_FLIPS
-    assert f"retrieval, option text: {won} items won back by distilling" in page.words
+    assert f"retrieval, option text: {won} items recovered by distillation" in page.words
     assert "retrieval\\_continuation" not in markdown  # inside a word it is no markup
-    assert f"retrieval, option text: {won} items won back by distilling, {MOST_FLIPS} shown" in markdown
+    assert f"retrieval, option text: {won} items recovered by distillation, {MOST_FLIPS} shown" in markdown
     assert "pruned said so" in page.words
     assert len(page.all("details")) > 3
 
@@ -98,7 +98,7 @@ def test_report_works_after_any_single_stage(tmp_path: Path, kept: str, said: st
 
 
 def test_report_refuses_a_folder_without_results(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no result to report"):
+    with pytest.raises(UserError, match="has no result to report"):
         write_report(tmp_path)
     for text, message in (("{", "is not valid JSON"), ("[]", "must be a mapping of settings, got list")):
         (tmp_path / "run.json").write_text(text)
@@ -127,11 +127,11 @@ def test_levels_rates_and_questions_are_told(tmp_path: Path) -> None:
     for role in SKILL:
         evaluation(role, tuple(climbing(role, level) for level in (1, 2, 3))).save(tmp_path / "eval" / f"{role}.json")
     page = Page(write_report(tmp_path).read_text())
-    assert "Track, generated, levels 1 to 3: clear of chance are teacher up to 2" in page.words
+    assert "Track, generated, levels 1 to 3: clearly above chance are teacher up to 2" in page.words
     assert (tmp_path / "figures/levels.png").stat().st_size > 1000
     assert "Without a readable answer 0.0 % [0.0, 3.7] 100.0 % [96.3, 100.0] 0.0 % [0.0, 3.7]" in page.words
-    assert "Many texts of the pruned model cannot be read." in page.words
-    told = "Held no answer that could be read, which counts as wrong: pruned 100 % on track 1 (generated) and 100 % on"
+    assert "Many texts of the pruned model have no readable answer." in page.words
+    told = "Without a readable answer, which counts as wrong: pruned 100 % on track 1 (generated) and 100 % on"
     assert told in page.words
     assert "Question What is track_1-" in page.words
     assert "question" in (tmp_path / "report.md").read_text()

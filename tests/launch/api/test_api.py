@@ -323,7 +323,7 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
         ),
         (
             lambda m, t: shoal.distill(m, shoal.cut_model(m, [1]), TEXTS, tokenizer=t),
-            r"the teacher is a model that shoal has cut, and the student a deeper one .* give the cut model first",
+            r"the teacher was pruned by shoal, and the student is deeper .* give the pruned model first",
         ),
         (lambda m, t: healed(m, t, stream_of(TEXTS)), r"data 'data': is a stream without an end; set num_tokens"),
         (

@@ -75,10 +75,10 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     for name in ("importance", "atlas", "agreement", "mlp"):
         assert (run.dir / "figures" / f"{name}.svg").stat().st_size > 1000
     items = json.loads((run.dir / "sweep/layer/knowledge_generation.json").read_text())
-    assert len(items["ids"]) == len(items["intact"]) == len(items["without"]["layer 3"]) == 10
+    assert len(items["ids"]) == len(items["baseline"]) == len(items["without"]["layer 3"]) == 10
     column = importance.atlas.columns[0]
-    assert sum(json.loads((run.dir / "sweep/layer/knowledge_continuation.json").read_text())["intact"]) / 10 == (
-        pytest.approx(column.intact.value)
+    assert sum(json.loads((run.dir / "sweep/layer/knowledge_continuation.json").read_text())["baseline"]) / 10 == (
+        pytest.approx(column.baseline.value)
     )
 
     caplog.clear()

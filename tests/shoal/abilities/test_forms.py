@@ -51,8 +51,7 @@ def test_there_are_six_forms_of_every_ability_and_both_kinds_of_them() -> None:
 @pytest.mark.parametrize("ability", FORMS)
 def test_reworded_forms_take_turns_and_no_trained_form_is_among_them(ability: str) -> None:
     others = [form.name for form in FORMS[ability] if form.reworded]
-    count = 4 * len(others)
-    forms = (*others, FORMS[ability][0].name)
+    count, forms = 4 * len(others), (*others, FORMS[ability][0].name)
     by_form = {name: [item.context for item in made(ability, name, count)] for name in forms}
     asked = [item.context for item in made(ability, "reworded", count)]
     places = [[name for name, contexts in by_form.items() if contexts[index] == asked[index]] for index in range(count)]

@@ -95,8 +95,8 @@ def test_every_column_has_a_panel_with_its_intervals_and_every_gap_one() -> None
     band = figure.axes[1].collections[0].get_paths()[0].vertices
     reached = {round(float(y), 6) for _, y in band}  # pyright: ignore
     for effect in atlas.columns[0].effects:
-        assert effect.retention is not None
-        assert {round(effect.retention.low, 6), round(effect.retention.high, 6)} <= reached
+        assert effect.share_kept is not None
+        assert {round(effect.share_kept.low, 6), round(effect.share_kept.high, 6)} <= reached
 
 
 def test_agreement_shows_the_ceiling_beside_the_correlation(tmp_path: Path) -> None:

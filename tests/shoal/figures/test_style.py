@@ -93,7 +93,7 @@ def test_before_after_figure_shows_reworded_tasks_first_and_the_trained_form(mon
     own = choice("teacher", "retrieval_generation", "retrieval", "generation")
     reworded = choice("teacher", "retrieval_reworded_generation", "retrieval", "generation")
     models = [evaluation("teacher", tasks=(replace(own, column="in"), replace(reworded, column="reworded")))]
-    assert rows(before_after_figure(models)) == ["reworded, generated", "generated, trained form"]
+    assert rows(before_after_figure(models)) == ["reworded, generated", "generated, trained wording"]
     monkeypatch.setattr("shoal.figures.scores.MAX_TASKS", 1)
     assert rows(before_after_figure(models)) == ["reworded, generated"]
 

@@ -20,7 +20,7 @@ from shoal.compress.sweeps.atlas import depth_profile, protocol_gaps
 from shoal.compress.sweeps.columns import joint_change
 from shoal.compress.sweeps.table import table_of
 from shoal.eval.compare.compare import Cell
-from shoal.eval.compare.standings import Groups, even_weights, mean_form_gap, mean_kept
+from shoal.eval.compare.standings import Groups, even_weights, mean_kept, mean_wording_gap
 from shoal.eval.harness.rates import rate, rate_difference
 from shoal.stats import paired as ours
 from shoal.stats.means import mean_change
@@ -145,9 +145,9 @@ FORMS = {"no change": (0.7, 0.5, 0.7, 0.5), "learnt": (0.64, 0.6, 0.9, 0.5)}
 def form(rng: np.random.Generator, n: int, kind: str) -> Iterator[Held]:
     own, other, own_after, other_after = FORMS[kind]
     before, other_before, after, other_later = roles(rng, n, FORMS[kind], 0.5)
-    gap = ours.form_gap(after, other_later)
+    gap = ours.wording_gap(after, other_later)
     yield "gap", gap.ci_low, gap.ci_high, own_after - other_after
-    change = ours.form_gap_change((before, other_before), (after, other_later))
+    change = ours.wording_gap_change((before, other_before), (after, other_later))
     yield "change of the gap", *change[1:], (own_after - other_after) - (own - other)
 
 
@@ -156,13 +156,13 @@ def form_of_nats(rng: np.random.Generator, n: int) -> Iterator[Held]:
     scores = [task(one, nats=True) for one in (own, other, own_after, other_after)]
     yield (
         "change of the gap",
-        *ours.form_gap_change((scores[0], scores[1]), (scores[2], scores[3]))[1:],
+        *ours.wording_gap_change((scores[0], scores[1]), (scores[2], scores[3]))[1:],
         (1.0 - 2.0) - (2.0 - 2.2),
     )
 
 
 def mean_over_tasks(rng: np.random.Generator, n: int, shared: float) -> Iterator[Held]:
-    """What ranks: the mean of shares kept, its change, and the mean form gap; two tasks ask the same items."""
+    """What ranks: the mean of shares kept, its change, and the mean wording gap; two tasks ask the same items."""
     shares = {"a": (0.8, 0.5, 0.6), "b": (0.7, 0.6, 0.6)}
     luck = lucky(rng, n, 6, shared)
     scores = {
@@ -205,7 +205,7 @@ def mean_form(rng: np.random.Generator, n: int) -> Iterator[Held]:
         name: task(own, replace(ABOUT, task=name, reworded_of=other.get(name, "")))
         for name, own in zip(shares, drawn, strict=True)
     }
-    gap = mean_form_gap(scores, Groups({"all": tuple(scores.values())}, ("all",)))
+    gap = mean_wording_gap(scores, Groups({"all": tuple(scores.values())}, ("all",)))
     assert gap is not None
     yield "gap", gap.ci_low, gap.ci_high, (0.2 + 0.3) / 2
 
@@ -270,9 +270,9 @@ def swept(rng: np.random.Generator, n: int, *, soft: bool) -> Iterator[Held]:
         for effect, share, change in zip(column.effects, shares[1:], changes, strict=True):
             yield "score", effect.score.low, effect.score.high, share
             yield "change", effect.change.low, effect.change.high, change
-            if effect.retention:
+            if effect.share_kept:
                 kept = (share - chance) / (shares[0] - chance)
-                yield "share kept", effect.retention.low, effect.retention.high, kept
+                yield "share kept", effect.share_kept.low, effect.share_kept.high, kept
         total = joint_change(column, (0, 1))
         yield "sum of changes", total.low, total.high, sum(changes)
     for gap in protocol_gaps(measured)[0]:

@@ -248,23 +248,23 @@ def answers(rng: np.random.Generator, n: int, shares: Sequence[float], shared: f
     return [(own_N < stats.norm.ppf(share)).astype(float) for own_N, share in zip(ability_KN, shares, strict=True)]
 
 
-def test_a_form_gap_is_own_minus_reworded_over_the_items_that_both_have() -> None:
+def test_a_wording_gap_is_own_minus_reworded_over_the_items_that_both_have() -> None:
     own = task([1, 1, 0, 1, 1, 0, 1, 1])
     other = dataclasses.replace(task([0, 1, 0, 0, 1, 1]), task="t_reworded", version="2")
-    found = ours.form_gap(own, other)
+    found = ours.wording_gap(own, other)
     assert (found.n, found.won, found.lost, found.test) == (6, 2, 1, "mcnemar-exact")
     assert found.difference == pytest.approx(4 / 6 - 3 / 6)
     assert (found.ci_low, found.ci_high) == pytest.approx(ours.newcombe_paired(both=2, won=2, lost=1, neither=1))
-    reverse = ours.form_gap(other, own)
+    reverse = ours.wording_gap(other, own)
     assert (reverse.difference, reverse.ci_low, reverse.ci_high) == pytest.approx(
         (-found.difference, -found.ci_high, -found.ci_low)
     )
 
 
-def test_a_form_gap_of_nats_is_the_weighted_mean_of_the_items_differences() -> None:
+def test_a_wording_gap_of_nats_is_the_weighted_mean_of_the_items_differences() -> None:
     rng = np.random.default_rng(4)
     own_N, other_N, weights_N = rng.normal(1, 0.3, 60), rng.normal(1.4, 0.3, 60), rng.uniform(1, 3, 60)
-    found = ours.form_gap(nats(own_N, weights_N.tolist()), nats(other_N, weights_N.tolist()))
+    found = ours.wording_gap(nats(own_N, weights_N.tolist()), nats(other_N, weights_N.tolist()))
     assert found.difference == pytest.approx(math.fsum(weights_N * (own_N - other_N)) / math.fsum(weights_N))
     assert found.ci_low < found.difference < found.ci_high < 0
     assert found.won > found.lost, "fewer nats in the own form"
@@ -286,11 +286,11 @@ def test_a_form_gap_of_nats_is_the_weighted_mean_of_the_items_differences() -> N
 def test_what_is_not_the_same_task_reworded_is_refused(change: dict[str, object], message: str) -> None:
     other = dataclasses.replace(task([1, 0, 1, 0]), task="t_reworded", **change)  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=message):
-        ours.form_gap(task([1, 1, 0, 1]), other)
+        ours.wording_gap(task([1, 1, 0, 1]), other)
 
 
 @pytest.mark.parametrize("make", [task, nats])
-def test_a_change_of_the_form_gap_is_a_difference_of_differences(make: Callable[..., TaskScore]) -> None:
+def test_a_change_of_the_wording_gap_is_a_difference_of_differences(make: Callable[..., TaskScore]) -> None:
     rng = np.random.default_rng(5)
     own_before, other_before = answers(rng, 90, (0.6, 0.6), 0.0)
     # most answers stay, so the two gaps go together
@@ -298,12 +298,12 @@ def test_a_change_of_the_form_gap_is_a_difference_of_differences(make: Callable[
     if make is nats:
         own_after, other_after = own_after + rng.normal(0, 0.1, 90), other_after + rng.normal(0, 0.1, 90)
     before, after = (make(own_before), make(other_before)), (make(own_after), make(other_after))
-    change, low, high = ours.form_gap_change(before, after)
+    change, low, high = ours.wording_gap_change(before, after)
     scores = zip(own_after, other_after, own_before, other_before, strict=True)
     per_item = [(a - b) - (c - d) for a, b, c, d in scores]
     assert change == pytest.approx(math.fsum(per_item) / 90)
     # a normal interval of the items' mean, which both ways of making one come near in the middle of the scale
     error = stats.sem(per_item)
     assert (low, high) == pytest.approx((change - 1.96 * error, change + 1.96 * error), abs=0.3 * error)
-    assert ours.form_gap_change(after, before) == pytest.approx((-change, -high, -low))
-    assert ours.form_gap_change(before, before)[0] == 0.0
+    assert ours.wording_gap_change(after, before) == pytest.approx((-change, -high, -low))
+    assert ours.wording_gap_change(before, before)[0] == 0.0

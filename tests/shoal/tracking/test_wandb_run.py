@@ -93,11 +93,11 @@ def test_stages_are_one_run_with_curves_scores_and_files_and_no_secret(
     steps = [row for row in found.history if "train/loss" in row]
     assert [(row["train/loss"], row["train/watch/perplexity"]) for row in steps] == [(1.0, 3.0), (0.5, 6.0)]
     rows = found.table("before_after")
-    assert {"score", "ci_low", "n", "column", "malformed", "form_gap"} <= rows[0].keys()
+    assert {"score", "ci_low", "n", "column", "malformed", "wording_gap"} <= rows[0].keys()
     assert {row["role"] for row in rows} == set(ROLES)
     kept = next(row for row in rows if row["role"] == "pruned" and row["task"] == "retrieval_generation")
-    assert kept["retention_low"] < kept["retention"] < kept["retention_high"]
-    assert found.summary["retention/pruned/retrieval_generation/generation/acc"] == pytest.approx(kept["retention"])
+    assert kept["share_kept_low"] < kept["share_kept"] < kept["share_kept_high"]
+    assert found.summary["share_kept/pruned/retrieval_generation/generation/acc"] == pytest.approx(kept["share_kept"])
     assert any("figures/atlas/path" in row for row in found.history)
     content = found.content(f"results-{found.ids[0]}")
     assert set(content) == {"recipe.yaml", "importance.json", "distill.json", *(f"eval/{role}.json" for role in ROLES)}

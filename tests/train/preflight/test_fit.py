@@ -141,7 +141,7 @@ def test_a_control_without_room_after_the_student_is_refused_and_its_cost_told_b
     check_control(control, tmp_path / "control", spec, tmp_path)
     times = flops_per_token(uncut) / flops_per_token(own)
     assert 1.2 < times < 1.5
-    assert f"the uncut teacher is trained on the same rows, which takes {times:.2g} times as long" in caplog.text
+    assert f"the teacher is trained on the same rows, which takes {times:.2g} times as long" in caplog.text
     machine["disk"] = both - 1
     with pytest.raises(UserError, match=r"^the control's training \(eval.control\) will not fit: run_dir .*/control: "):
         check_control(control, tmp_path / "control", spec, tmp_path)
