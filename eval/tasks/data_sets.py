@@ -84,11 +84,11 @@ class DataSet(Section):
     ability: Text
     """Ability under which reports list its tasks: retrieval, knowledge, reasoning ..."""
     column: Column | None = None
-    """How its items relate to training text: in = in a form that such text may have, reworded = in one that it
-    never has, out = an ability that it never shows, public = a public benchmark. None = not said where items
+    """How its items relate to training text: in = in a wording that such text may have, reworded = in one that
+    it never has, out = an ability that it never shows, public = a public benchmark. None = not said where items
     are bundled, public where rows are read."""
     reworded_of: Text | None = None
-    """Part whose items, by id, its own ask again in another form, as its tasks call it before the protocol; {} in it
+    """Part whose items, by id, its own ask again in another wording, as its tasks call it before the protocol; {} in it
     stands for its own part. Only in the column reworded."""
     protocols: tuple[TaskProtocol, ...] = ("loglikelihood", "continuation", "generation")
     """Protocols under which it is asked, each a task."""

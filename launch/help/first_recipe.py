@@ -41,7 +41,7 @@ FEWEST_TOKENS, MOST_TOKENS = 50_000, 1_000_000_000
 BENCHMARKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "openbookqa", "lambada_openai", "gsm8k")
 """lm-eval's names of public benchmarks that any machine with a network can read."""
 REWORDED = ("retrieval_reworded_generation", "knowledge_reworded_generation", "reasoning_reworded_worked")
-"""Shoal's own beside them: abilities in forms that no text trains."""
+"""Shoal's own beside them: abilities in wordings that no text trains."""
 
 
 @dataclass(frozen=True)

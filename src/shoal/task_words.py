@@ -6,8 +6,8 @@ import re
 from typing import Literal
 
 Column = Literal["in", "reworded", "out", "public"]
-"""How items relate to training text: `in` = in a form that it may have, `reworded` = the same items in a form that
-it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
+"""How items relate to training text: `in` = in a wording that it may have, `reworded` = the same items in a
+wording that it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
 PROTOCOLS = {
     "loglikelihood": "lettered options",
     "continuation": "option text",

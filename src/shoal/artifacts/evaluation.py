@@ -100,7 +100,7 @@ class TaskScore:
     column: Column | Literal[""] = ""
     """How the items relate to training text; empty = not said."""
     reworded_of: str = ""
-    """Task that asks the same items (by id) in a form that training text may have; empty = none."""
+    """Task that asks the same items (by id) in a wording that training text may have; empty = none."""
     engine: str = "transformers"
     """What ran the model: transformers or vllm. Scores of two engines are never paired."""
 

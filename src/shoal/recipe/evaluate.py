@@ -64,10 +64,10 @@ class Eval(Limited):
         *("retrieval_continuation", "knowledge_continuation", "reasoning_continuation"),
         *("retrieval_reworded_continuation", "knowledge_reworded_continuation", "reasoning_reworded_continuation"),
     )
-    """Tasks and groups, shoal's own (configs/tasks) and every one that lm-eval ships, by name; and suites, which bring
-    their limits and perplexity_tokens: quick (minutes, bundled data), transfer (minutes, judges a distilled
-    model), standard or full. Of several suites the first one's numbers count. By default every ability in a form that
-    training text may have, and reworded: without that a form that was learnt passes for an ability that came back."""
+    """Tasks, groups and suites to score, from shoal (configs/tasks) and from lm-eval. A suite sets its limits and
+    perplexity_tokens: quick (minutes, bundled data), transfer (minutes, judges a distilled model), standard or full; of
+    several suites the first one's numbers count. Default: every ability in the trained wording and reworded, because
+    scores in the trained wording alone may show a learnt wording."""
     limit: Annotated[Limit, Shapes.SCORES] = 200
     """Items per task, or of single tasks by name: {default: 200, gsm8k: 100}; None = all. It caps a suite's limits of
     single tasks too."""

@@ -89,7 +89,7 @@ def test_one_teacher_with_other_scores_is_refused_and_a_few_flips_are_told(tmp_p
 
 def test_another_teacher_is_refused_unless_the_user_says_so(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", teacher="teacher-2", distilled=0.6)
-    with pytest.raises(UserError, match=r"model is 'teacher-2', but 'teacher-1' in .*say --across-teachers"):
+    with pytest.raises(UserError, match=r"model is 'teacher-2', but 'teacher-1' in .*add --across-teachers"):
         compare_runs([one, other])
     comparison = compare_runs([one, other], across_teachers=True)
     assert [content_of(own.evaluation) for own in comparison.models if own.role == "teacher"] == [

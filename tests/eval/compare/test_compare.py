@@ -72,7 +72,7 @@ def test_a_missing_role_is_a_gap_that_is_named(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", roles=("teacher", "pruned"))
     other = write_run(tmp_path / "other", distilled=0.6)
     comparison = compare_runs([one, other])
-    assert f"A has no distilled model here: {one}/eval/distilled.json does not exist." in comparison.notes
+    assert f"A has no distilled model: {one}/eval/distilled.json does not exist." in comparison.notes
     assert "A has none" in comparison_text(comparison)
 
 

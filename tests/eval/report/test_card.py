@@ -81,10 +81,10 @@ def test_the_trained_form_has_a_table_of_its_own_and_gaps_and_control_are_told(t
     assert "| retrieval, generated |" not in outside
     trained = next(line for line in inside.splitlines() if line.startswith("| retrieval, generated |"))
     assert "more than the teacher" in trained
-    assert "more of the form" in inside
+    assert "may only show a learnt wording" in inside
     assert "Still lost: the control" in opening
     gaps = card.split("### Wording and ability")[1].split("\n## ")[0]
-    assert "| retrieval, generated | +4 points [−10, +18], 64 % − 60 % | " in gaps
+    assert "| retrieval, generated | +4 points [−9, +17], 64 % − 60 % | " in gaps
     assert "Learnt from the text: control (the teacher after the same training)" in card
     assert "Still lost: distilled minus control" in card
 

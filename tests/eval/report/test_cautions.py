@@ -28,7 +28,7 @@ def test_scores_of_other_settings_are_left_out_by_name(tmp_path: Path) -> None:
     row = next(row for row in comparison.rows if row.key[0] == "retrieval_continuation")
     assert "distilled" not in row.scores
     assert "num_fewshot is 0 in one evaluation and 5 in the other" in comparison.refused[0]
-    assert "because settings differ" in told(tmp_path)
+    assert "because the settings differ" in told(tmp_path)
 
 
 EVERY_TASK = {task.task: 0 for task in evaluation("teacher").tasks}
@@ -47,16 +47,16 @@ def read(source: str, **found: int) -> dict:
         (read("python_docs"), None, "Training and evaluation share no items"),
         (read("my.jsonl"), None, "Not checked for overlap of training text and evaluation items"),
         (read("python_docs_heldout"), None, "which is evaluation text, is part of the training text"),
-        (read("python_docs"), "mmlu", "overlap for: MMLU, option text"),
+        (read("python_docs"), "mmlu", "evaluation items: MMLU, option text"),
         (
             read("my.jsonl", **EVERY_TASK),
             None,
             f"No evaluation item of {len(EVERY_TASK)} tasks occurs in the first 5,000 tokens of the training",
         ),
-        (read("my.jsonl", mmlu=0), "gsm8k", "overlap for: GSM8K, option text"),  # evaluated after the search
-        (read("python_docs", mmlu=0), "gsm8k", "overlap for: GSM8K, option text"),
+        (read("my.jsonl", mmlu=0), "gsm8k", "evaluation items: GSM8K, option text"),  # evaluated after the search
+        (read("python_docs", mmlu=0), "gsm8k", "evaluation items: GSM8K, option text"),
         (read("python_docs", mmlu=0), "knowledge_continuation", "No evaluation item of 1 tasks occurs"),
-        (read("my.jsonl", mmlu=0), "knowledge_continuation", "overlap for: knowledge, option text"),
+        (read("my.jsonl", mmlu=0), "knowledge_continuation", "evaluation items: knowledge, option text"),
         (read("python_docs"), "wikitext2_rolling", "and evaluation items: "),
         (read("my.jsonl", mmlu=0, gsm8k=3), None, "tokens of the training text (13 equal words in a row): 3 of 9"),
     ],

@@ -134,7 +134,7 @@ def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path:
         text = told(tmp_path)
         assert text.count("▼ worse") == worse
         # the interval of that task leaves out 0 alone; where nothing changed it is wider than it has to be
-        assert text.count("○ likely but not confirmed") == text.count("| likely but not confirmed [") == (count == 10)
+        assert text.count("○ likely but not confirmed") == text.count("| likely but not confirmed \\[") == (count == 10)
         assert ("“Likely but not confirmed”: the interval excludes 0, but p ≥ 0.05" in text) == (count == 10)
         assert text.count("○ no clear change") == text.count(", few changed") == count - 1
         assert ("“Few changed”: fewer than 5 answers changed" in text) == (count == 10)

@@ -120,7 +120,7 @@ def test_the_page_stays_small_however_many_items_there_are(tmp_path: Path) -> No
         long = [replace(task, items=tuple(map(partial(wordy, role), task.items))) for task in tasks]
         evaluation(role, tasks=tuple(long)).save(tmp_path / "eval" / f"{role}.json")
     page = write_report(tmp_path).read_bytes()
-    (note,) = re.findall(r"([\d,]+) of ([\d,]+) are shown", page.decode())
+    (note,) = re.findall(r"The report shows ([\d,]+) of ([\d,]+)", page.decode())
     shown, changed = (int(number.replace(",", "")) for number in note)
     assert changed > 5000
     assert shown == page.count(b'<dl class="flip">') > 40
