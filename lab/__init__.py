@@ -6,7 +6,6 @@ what is to be printed. What it writes goes to lab/ in the run directory.
 
     command      `shoal lab`: the parts, and what runs one
     part         what parts share: a result that is made once
-    delta        how far a donor's layers are from the model's
     depth_use    what models that descend from each other use their layers for
     diagnostics  who writes, erases and decides along the depth
     heads        which heads copy what is asked for

@@ -17,7 +17,6 @@ from shoal.recipe.recipe import apply_override, read_settings, settled
 from shoal.recipe.remembered import remembering
 
 PARTS: dict[str, str] = {
-    "delta": "how far a donor's layers are from the model's, matrix by matrix, from the files alone",
     "depth_use": "ablation of the layers of teacher, pruned and distilled model on the same tasks, compared",
     "diagnostics": "which layers write, erase and decide: residual flow, logit lens, effects of skipped layers",
     "heads": "which heads copy what is asked for, and the layers that prune.protect should name",
