@@ -73,7 +73,7 @@ def batch_with_image(name: str, model: PreTrainedModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     row, ids = ARCHITECTURES[name], torch.randint(0, 90, (1, PROMPT), generator=generator)
     found = {
-        key: torch.rand(given, generator=generator) if isinstance(given, tuple) else torch.tensor(given)
+        key: torch.rand(given["random"], generator=generator) if isinstance(given, dict) else torch.tensor(given)
         for key, given in row.images.items()
     }
     if "aspect_ratio_ids" in found:  # the image stands beside the text, seen from the third token on
@@ -149,7 +149,7 @@ def drops(name: str, num_layers: int) -> list[tuple[int, ...]]:
     if row.images:
         several = [drop for size in range(2, num_layers - 1) for drop in combinations(range(num_layers), size)]
         multi = generator.sample(several, NUM_MULTI_DROPS_WITH_IMAGES)
-    return list(dict.fromkeys([*((layer,) for layer in range(num_layers)), *multi, *row.drops]))
+    return list(dict.fromkeys([*((layer,) for layer in range(num_layers)), *multi, *map(tuple, row.drops)]))
 
 
 def examine(name: str, *, save_all: bool = False) -> Finding:
