@@ -107,7 +107,7 @@ def run_verb(
 
     from .verbs.early import refuse_early
 
-    ranks.prints_events(as_json)
+    ranks.VOICE.events = as_json
 
     def work() -> None:
         said, file = read_settings(config, overrides)

@@ -25,7 +25,7 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.atomic_files import write_json, write_text, written_folder
 from shoal.errors import explained_disk_errors
 from shoal.progress import doing, progress
-from shoal.ranks import is_main, prints_events, rank
+from shoal.ranks import VOICE, is_main, rank
 from shoal.recipe.distill import Watch
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier
@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 PREFIX = "watch/"
 """Beginning of the curves' names."""
 BEST = "best"
-UNITS = {"perplexity": " nats per token"}
+WORDS = {"perplexity": "loss {:.3f} nats per token"}
+"""What the log says of a score; of all others its name and the number."""
 
 Scorer = Callable[[PreTrainedModel], Mapping[str, TaskScore]]
 """All ranks call it and all get the same scores."""
@@ -108,7 +109,9 @@ class Watcher(TrainerCallback):
         scores = self.score()
         self.log({PREFIX + name: score.score for name, score in scores.items()})
         if is_main():
-            in_words = ", ".join(f"{name} {score.score:.3f}{UNITS.get(name, '')}" for name, score in scores.items())
+            in_words = ", ".join(
+                WORDS.get(name, f"{name} {{:.3f}}").format(score.score) for name, score in scores.items()
+            )
             log.info("step %d: %s", step, in_words)
         if self._settings.metric_for_best_model is not None:
             self._keep(step, scores[self._settings.metric_for_best_model])
@@ -217,7 +220,7 @@ class Events(TrainerCallback):
             line = json.dumps({key: value for key, value in row.items() if key != "epoch"})
             with explained_disk_errors(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
-            if prints_events():
+            if VOICE.events:
                 try:
                     sys.stdout.write(f"{line}\n")
                     sys.stdout.flush()

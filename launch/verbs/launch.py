@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from shoal.errors import EXIT_USER_ERROR, UserError
 from shoal.progress import SPEAKER, doing
-from shoal.ranks import free_port, loudness, prints_events, refuse_crowd
+from shoal.ranks import VOICE, free_port, refuse_crowd
 from shoal.stopping import STOPS, run_launcher
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ def start_ranks(verb: str, ranks: int, words: Sequence[str]) -> None:
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]
     command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {free_port()}".split()
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli", *words]
-    if loudness() != "usual":
-        command.append(f"--{loudness()}")
-    if prints_events() and verb == "distill":
+    if VOICE.loudness != "usual":
+        command.append(f"--{VOICE.loudness}")
+    if VOICE.events and verb == "distill":
         command.append("--json")
     log.info("%s: starting %d rank(s) under the DeepSpeed launcher", verb, ranks)
     free_memory()  # what this process has cached on a device is not free to the ranks

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -89,28 +90,22 @@ class _Printable(logging.Formatter):
         return printable(redacted(super().format(record)))
 
 
-_loudness: Loudness = "usual"
+@dataclass
+class Voice:
+    """What this process prints."""
+
+    loudness: Loudness = "usual"
+    """As set_up_logging was last called."""
+    events: bool = False
+    """Whether training prints its log.jsonl."""
 
 
-def loudness() -> Loudness:
-    """What set_up_logging was last told in this process."""
-    return _loudness
-
-
-_prints_events = False
-
-
-def prints_events(chosen: bool | None = None) -> bool:
-    """Whether training prints its log.jsonl, as this process was ``chosen`` to; None = it stays as it is."""
-    global _prints_events
-    _prints_events = _prints_events if chosen is None else chosen
-    return _prints_events
+VOICE = Voice()
 
 
 def set_up_logging(chosen: Loudness = "usual") -> None:
     """Log to stderr: rank 0 what goes on, the others only what went wrong."""
-    global _loudness
-    _loudness = chosen
+    VOICE.loudness = chosen
     prefix = f"[rank {rank()}] " if world_size() > 1 else ""
     handler = Lines(sys.stderr)
     handler.setFormatter(_Printable(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from shoal.errors import UserError
 from shoal.machine import card
-from shoal.ranks import free_port, is_main, local_rank, loudness, rank, world_size
+from shoal.ranks import VOICE, free_port, is_main, local_rank, rank, world_size
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def turn_down_libraries() -> None:
     not those of six others."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns at import where it has to guess
-    if loudness() == "verbose":
+    if VOICE.loudness == "verbose":
         return
     transformers_logging.disable_progress_bar()
     for noisy in NOISY:

@@ -157,7 +157,7 @@ def test_every_logged_step_is_a_line_of_json_and_a_resumed_training_repeats_none
     logged(0, 3)
     file = tmp_path / Events.FILE
     file.write_text(file.read_text() + '{"step": 4, "nu')  # killed while it wrote
-    monkeypatch.setattr(module, "prints_events", lambda: True)
+    monkeypatch.setattr(module.VOICE, "events", True)
     logged(2, 4)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows == [{"step": step, "num_tokens": 10 * step, "loss": 1 / step} for step in (1, 2, 3, 4)]
