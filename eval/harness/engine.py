@@ -49,17 +49,9 @@ GREEDY_SETTINGS = {"do_sample", "temperature", "top_p", "top_k"}
 """Settings of a generation configuration that change nothing about greedy text."""
 NEW_TOKENS = 256
 """How many a task gets that does not say how many it wants, as in lm-eval."""
-NEUTRAL_SETTINGS = GREEDY_SETTINGS | {
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "max_length",
-    "max_new_tokens",
-    "transformers_version",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict_in_generate",
+NEUTRAL_SETTINGS = {
+    *(*GREEDY_SETTINGS, "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "use_cache"),
+    *("transformers_version", "output_attentions", "output_hidden_states", "return_dict_in_generate"),
     "_from_model_config",
 }
 

@@ -38,15 +38,8 @@ ROLLING_METRICS = {
 QUESTION_CHARACTERS = 1500
 """Characters of a question that are kept, at most; the middle of a longer one is left out."""
 MATCHING_RULES = (
-    "output_type",
-    "process_docs",
-    "process_results",
-    "doc_to_target",
-    "doc_to_choice",
-    "filter_list",
-    "metric_list",
-    "generation_kwargs",
-    "target_delimiter",
+    *("output_type", "process_docs", "process_results", "doc_to_target", "doc_to_choice", "filter_list"),
+    *("metric_list", "generation_kwargs", "target_delimiter"),
 )
 """Parts of a task's settings that decide what counts as right."""
 

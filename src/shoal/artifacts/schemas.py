@@ -6,6 +6,7 @@ What is below `internal` in a file is left out, and so are the private numbers o
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -16,39 +17,14 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.recipe.evaluate import CONFIGS_DIR
+from shoal.yaml_text import read_yaml
 
 FOLDER = CONFIGS_DIR / "schemas"
 PUBLIC: tuple[type[Artifact], ...] = (Plan, Importance, Training, Scores, Speed)
 PRIVATE = {"TaskScore": ("items", "prompts", "matching"), "BatchSpeed": ("samples",), "SpeedScore": ("samples",)}
 """Fields inside of others that may change with every version."""
-FOLLOWS: dict[type[Artifact], dict[str, Any]] = {
-    Plan: {
-        "changed": {
-            "type": "array",
-            "items": {"type": "integer"},
-            "description": "Layers of the teacher that stay and do something else, increasing.",
-        }
-    },
-    Importance: {
-        "tasks": {
-            "type": "object",
-            "additionalProperties": {"type": "array", "items": {"type": "number"}},
-            "description": "Swept task -> how much worse its score is without each layer.",
-        }
-    },
-}
-"""What Artifact.body adds to the fields."""
-MADE = {
-    "type": "object",
-    "description": "When and by what it was made.",
-    "properties": {
-        "created": {"type": "string", "description": "Time, ISO 8601."},
-        "shoal": {"type": "string", "description": "Version of shoal."},
-        "model": {"type": "string", "description": "The teacher, as the recipe names it; empty if it had none."},
-        "fingerprint": {"type": "string", "description": "Equal = made of the same things with the same settings."},
-    },
-    "required": ["created", "shoal", "model", "fingerprint"],
-}
+ADDED: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+"""What Artifact.body adds to the fields: of every kind `made`, and of some by their names what follows from others."""
 
 
 def schema_of(kind: type[Artifact]) -> dict[str, Any]:
@@ -56,7 +32,7 @@ def schema_of(kind: type[Artifact]) -> dict[str, Any]:
     Artifact.__pydantic_config__ = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
     said = TypeAdapter(kind).json_schema(mode="serialization")
     own = {key: value for key, value in said["properties"].items() if key not in (*kind.INTERNAL, "provenance")}
-    own |= FOLLOWS.get(kind, {})
+    own |= ADDED.get(kind.__name__, {})
     parts = said.get("$defs", {})
     for name in PRIVATE.keys() & parts.keys():
         for key in PRIVATE[name]:
@@ -67,7 +43,7 @@ def schema_of(kind: type[Artifact]) -> dict[str, Any]:
         "$id": kind.schema(),
         "description": " ".join((kind.__doc__ or "").split()),
         "type": "object",
-        "properties": {"schema": {"const": kind.schema()}, "made": MADE, **own},
+        "properties": {"schema": {"const": kind.schema()}, "made": ADDED["made"], **own},
         "required": ["schema", "made", *(key for key in said["required"] if key in own)],
         "$defs": _named_in(own, parts),
     }

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.atomic_files import written_file
+from shoal.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#1f2430"
-"""Text and axes; becomes the reader's own text colour in inline SVG."""
-FAINT = "#8a919e"
+STYLE: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+"""Settings of matplotlib."""
+INK, FAINT = STYLE["text.color"], STYLE["grid.color"]
+"""Text and axes, which become the reader's own text colour in inline SVG; lines of the grid."""
 ROLE_STYLE = {
     "teacher": ("#7d8590", "s"),
     "pruned": ("#d55e00", "v"),
@@ -36,35 +38,6 @@ SERIES_STYLE = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"))
 KEPT, DROPPED = "#1f86c8", "#d55e00"
 WIDTH_INCHES = 5.2
 """A phone shows this width nearly unscaled, so that the text below stays readable."""
-STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
-    "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.labelsize": 11,
-    "xtick.labelsize": 10,
-    "ytick.labelsize": 10,
-    "legend.fontsize": 10,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.labelcolor": INK,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": FAINT,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.useoffset": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": FAINT,
-    "grid.alpha": 0.35,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "shoal",
-    "savefig.dpi": 200,
-}
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 

@@ -186,7 +186,7 @@ def test_no_number_of_an_artifact_may_be_none(tmp_path: Path, artifact: Artifact
     artifact.save(path)
     text = path.read_text()
     kinds: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    for place in numbers(json.loads(text) | dict.fromkeys(schemas.FOLLOWS.get(type(artifact), ()))):
+    for place in numbers(json.loads(text) | dict.fromkeys(schemas.ADDED.get(type(artifact).__name__, ()))):
         kinds.setdefault(tuple(key for key in place if isinstance(key, str)), place)
     kinds.pop(("internal", "settings", "a"), None)
     for *parents, last in kinds.values():
