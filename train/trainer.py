@@ -383,6 +383,8 @@ class DistillTrainer(ObjectiveTrainer):
         finally:
             if self._writer is not None:
                 self._writer.end()
+            if self._unfinished is not None and is_main():  # of a training that failed, for memory say
+                shutil.rmtree(self._unfinished, ignore_errors=True)
             self.objective.uninstall()
 
     def watch_with(self, watcher: Watcher, score: Scorer) -> None:

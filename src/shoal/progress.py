@@ -59,9 +59,10 @@ class Work:
             left = "" if finished or self.total is None else ", {rate_fmt}, {remaining} left"
             ending = f"{{desc}}: {counts}, {{elapsed}}{left}"
         about: dict[str, Any] = {"total": self.total, "initial": self._known, "postfix": self.note, **size}
-        return tqdm.format_meter(
+        line = tqdm.format_meter(
             self.done, elapsed=now - self.started, prefix=self.label, bar_format=ending + "{postfix}", **about
         )
+        return line.replace(f"s/ {self.unit}", " s each") if self.unit else line
 
     def draw(self, stream: TextIO, now: float) -> None:
         """Show or renew the bar."""

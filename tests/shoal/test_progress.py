@@ -163,7 +163,7 @@ def test_training_tells_loss_and_rate_and_the_time_left_by_the_clock(
         line.on_log(None, state, None, {"loss": 1.5, "seconds": 8.0})  # scoring and saving took the rest
         clock.run(speaker, 100.0)
         assert (
-            caplog.messages[-1] == "training: 4 of 6 steps, 01:19, 39.50s/ steps, 01:19 left, loss 1.5000, 70 tokens/s"
+            caplog.messages[-1] == "training: 4 of 6 steps, 01:19, 39.50 s each, 01:19 left, loss 1.5000, 70 tokens/s"
         )
         state.global_step = 6
         line.on_step_end(None, state, None)
