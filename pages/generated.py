@@ -75,7 +75,7 @@ def recipe() -> Iterator[str]:
             if "keys" in section:
                 yield from _section(section)
     yield "## Settings that exclude each other\n"
-    yield from _table("setting | why, and what to set instead", (row.words.split(": ", 1) for row in NOT_TOGETHER))
+    yield from _table("setting | why, and what to set instead", (words.split(": ", 1) for words in NOT_TOGETHER))
     yield "\n## Settings that a recipe file needs permission for\n"
     rows = ((row.place, json.dumps(row.value), "" if row.answer == "refused" else row.can, row.why) for row in ROWS)
     yield from _table("setting | value (null: any) | --allow (empty: always an error) | why, or the remedy", rows)

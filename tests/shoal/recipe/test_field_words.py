@@ -15,7 +15,7 @@ from shoal.launch.help.explain import explanation
 from shoal.recipe.distill import Distill, OnPolicy, Recorded
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.field_words import FIELD_WORDS, TRAINING_ARGUMENTS
-from shoal.recipe.not_together import NOT_TOGETHER, contradictions, not_together
+from shoal.recipe.not_together import IS_SO, NOT_TOGETHER, WORDS, contradictions, not_together
 from shoal.recipe.recipe import parse_recipe
 
 
@@ -50,9 +50,10 @@ def test_explain_knows_them_too() -> None:
 def test_a_row_of_the_table_is_refused_with_reason_and_remedy() -> None:
     both = Distill(on_policy=OnPolicy(), teacher=Recorded())
     (told,) = not_together(both)
-    assert told in {row.words for row in NOT_TOGETHER}
+    assert told in NOT_TOGETHER
     assert told.startswith("distill.on_policy: nothing is recorded of what the student will write; set ")
     assert [*contradictions(both)] == [told]
+    assert IS_SO.keys() == WORDS.keys()
     assert not [*not_together(Distill()), *not_together(Eval())]
 
 
