@@ -21,9 +21,6 @@ from shoal.recipe.asked import ALLOW
 from shoal.redaction import printable, redacted_arguments, shortened
 from shoal.yaml_text import read_yaml
 
-LISTS = ("recipes", "tasks", "metrics", "losses", "data", "suites", "cluster")
-"""Lists of shoal.launch.help.names."""
-
 
 @dataclass(frozen=True)
 class Verb:
@@ -44,10 +41,15 @@ class Verb:
         return bool(self.sections)
 
 
+_LISTED, _TAKEN = (
+    read_yaml(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("verbs.yaml", "options.yaml")
+)
 VERBS = {
     name: Verb(row["help"], row["function"], tuple(row["examples"]), tuple(row.get("sections", ())))
-    for name, row in read_yaml(Path(__file__).with_name("verbs.yaml").read_text(encoding="utf-8")).items()
+    for name, row in _LISTED.items()
 }
+LISTS: tuple[str, ...] = tuple(_TAKEN["list"]["what"]["choices"])
+"""Lists of shoal.launch.help.names."""
 OTHER_WORDS = {
     **dict.fromkeys(("train", "finetune", "heal", "sft", "gkd", "distillation"), "distill"),
     **dict.fromkeys(("evaluate", "test"), "eval"),
@@ -203,68 +205,17 @@ def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
             )
         if verb not in ("init", "lab"):
             sub.add_argument("--json", dest="as_json", action="store_true", help="print the result as JSON")
+        for name, own in {**(_TAKEN["recipe"] if row.reads_recipe else {}), **_TAKEN.get(verb, {})}.items():
+            sub.add_argument(name, **own)
         if row.reads_recipe:
-            _add_recipe(sub, verb)
-        else:
-            _add_words(sub, verb)
+            sub.add_argument("--config", help=argparse.SUPPRESS)  # of launchers, and for a path that holds a `=`
+            sub.add_argument("--local_rank", **LOCAL_RANK)
+            sub.set_defaults(force=False, each=None)
         if row.reads_recipe and verb in with_keys:
             from .help.options import add_keys
 
             add_keys(sub, row.sections)
     return parser
-
-
-def _add_recipe(sub: argparse.ArgumentParser, verb: str) -> None:
-    """What ``verb`` takes, which reads a recipe."""
-    sub.add_argument("--config", help=argparse.SUPPRESS)  # of launchers, and for a path that holds a `=`
-    sub.add_argument("--local_rank", **LOCAL_RANK)
-    sub.set_defaults(force=False, each=None)
-    told = "let a recipe file send results away, write outside the run directory, or run code"
-    sub.add_argument("--allow", metavar="send,write,code", action="append", default=[], help=told)
-    told = "say what would be done and what it takes here: time, memory, disk; write nothing"
-    sub.add_argument("--dry-run", action="store_true", help=told)
-    if verb in OPTIONS["force"]:
-        told = "train although memory or disk will not do by the estimate"
-        sub.add_argument("--force", action="store_true", help=told)
-    if verb in OPTIONS["each"]:
-        told = "a run for every value, in RUN_DIR/KEY=VALUE, and their comparison; may be said of several keys"
-        sub.add_argument("--each", metavar="KEY=A,B", action="append", help=told)
-    sub.add_argument(
-        "words",
-        nargs="*",
-        metavar="RECIPE | RUN_DIR | MODEL",
-        help="recipe (YAML) by path or by a name of `shoal list recipes`, a run directory, which knows its own, or a "
-        "model (Hub id, folder, demo:NAME) with a recipe of defaults; and any key of the recipe as section.key=value",
-    )
-
-
-def _add_words(sub: argparse.ArgumentParser, verb: str) -> None:
-    """What ``verb`` takes, which reads no recipe."""
-    match verb:
-        case "compare":
-            told = "run directories with evaluations, and checkpoints (folder, Hub id or demo:<name>) that are scored"
-            sub.add_argument("words", nargs="+", metavar="RUN_DIR", help=f"{told} as they were; two or more")
-            sub.add_argument(
-                "--out", metavar="DIR", default="compare", help="where pages and figure go (default: compare)"
-            )
-            sub.add_argument("--across-teachers", action="store_true", help="compare runs of different models too")
-        case "lab":
-            told = "none = list the parts"
-            sub.add_argument("words", nargs="*", metavar="NAME | RECIPE_OR_RUN_DIR | key=value", help=told)
-        case "init":
-            sub.add_argument("model", metavar="MODEL", help="Hub id, local path or demo:<name>")
-            sub.add_argument("--revision", help="Hub revision of the model")
-            sub.add_argument(
-                "--out", metavar="FILE", help="where the recipe goes (default: NAME.yaml, after the model)"
-            )
-        case "doctor":
-            told = "a folder that all nodes share, in which a file is written (default: this one)"
-            sub.add_argument("--run-dir", metavar="DIR", default=".", help=told)
-        case "list":
-            kinds = f"kind of names: {', '.join(LISTS)}; without it these"
-            sub.add_argument("what", nargs="?", metavar="WHAT", choices=LISTS, help=kinds)
-        case _:
-            sub.add_argument("key", nargs="?", metavar="KEY", help="section, section.key, or one below a kind")
 
 
 class _Parser(argparse.ArgumentParser):
