@@ -29,6 +29,8 @@ BATCH_SIZES = {"cpu": (1, 4)}
 """Batch sizes by kind of device; the first is what a single user sees."""
 OTHER_BATCH_SIZES = (1, 8, 32)
 """Batch sizes on an accelerator."""
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 256, 32, 5
+"""Of every turn; rounds of the first batch size."""
 FEWER_REPEATS = 3
 """Rounds of the batch sizes after the first, which take longer and vary less."""
 KINDS = ("prefill", "decode", "first_token")
@@ -50,9 +52,9 @@ def measure_speed(
     *,
     provenance: Provenance,
     batch_sizes: Sequence[int] | None = None,
-    prompt_tokens: int = 256,
-    new_tokens: int = 32,
-    repeats: int = 5,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+    repeats: int = REPEATS,
 ) -> Speed:
     """Median speeds of every role at every batch size, over rounds in which each role takes one turn.
 
@@ -66,15 +68,14 @@ def measure_speed(
     """
     entries = {role: _entry(role, checkpoint, prompt_tokens + new_tokens) for role, checkpoint in checkpoints.items()}
     first = next(iter(entries.values())).decoder
-    sizes = sorted(set(batch_sizes or BATCH_SIZES.get(first.device.type, OTHER_BATCH_SIZES)))
+    sizes = rounds_of(batch_sizes, first.device.type, repeats)
     batches: dict[str, list[BatchSpeed]] = {role: [] for role in entries}
     left_out: list[str] = []
-    for size in sizes:
+    for size, rounds in sizes.items():
         if reason := _why_too_large(size, entries, batches):
             log.warning("speed: %s", reason)
             left_out.append(reason)
             continue
-        rounds = repeats if size == sizes[0] else min(repeats, FEWER_REPEATS)
         for role, speed in _measured(entries, (size, prompt_tokens, new_tokens), rounds).items():
             batches[role].append(speed)
             log.info(
@@ -84,12 +85,18 @@ def measure_speed(
     return Speed(
         provenance=provenance,
         roles={role: _score(entry, batches[role]) for role, entry in entries.items()},
-        batch_size=sizes[0],
+        batch_size=next(iter(sizes)),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         dtype=str(first.model.dtype).removeprefix("torch."),
         left_out=tuple(left_out),
     )
+
+
+def rounds_of(batch_sizes: Sequence[int] | None, device: str, repeats: int = REPEATS) -> dict[int, int]:
+    """Batch size -> rounds that are timed, the smallest first; None = those of this kind of device."""
+    first, *others = sorted(set(batch_sizes or BATCH_SIZES.get(device, OTHER_BATCH_SIZES)))
+    return {first: repeats, **dict.fromkeys(others, min(repeats, FEWER_REPEATS))}
 
 
 def _entry(role: str, checkpoint: Checkpoint, num_tokens: int) -> _Entry:

@@ -87,7 +87,7 @@ def distill(run: Run) -> None:
     control = control_spec(spec) if recipe.eval.control else None
     from shoal.eval.evaluate import QuickScores  # takes seconds, and nobody needs it where nothing is due
 
-    watched = _watched(run)
+    watched = watched_by(run)
     scorer = watched and partial(QuickScores, settings=watched, config=run.config(), seed=recipe.seed)
     train = partial(training.distill, home=run.dir, make_scorer=scorer)
     if run.dir in due:
@@ -228,7 +228,7 @@ def _inputs(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
 
 def _chosen_by(run: Run) -> dict[str, Any]:
     """Of section `eval`, by content, what distill.watch chooses the best state by; nothing where it chooses none."""
-    watch, scored = run.recipe.distill.watch, _watched(run)
+    watch, scored = run.recipe.distill.watch, watched_by(run)
     if watch is None or scored is None or watch.metric_for_best_model is None:
         return {}
     from shoal.eval.tasks.names import local_data_fingerprint, tasks_fingerprint
@@ -283,7 +283,7 @@ def check_distill(run: Run) -> None:
         else:
             check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
     num_items(tasks_of(recipe.eval), recipe.eval)
-    if (watched := _watched(run)) is not None and watched.tasks:
+    if (watched := watched_by(run)) is not None and watched.tasks:
         num_ranks = max(world_size(), ranks_to_start(recipe.num_processes))
         with named_in("distill.watch", *WATCHED):
             tasks = tasks_of(watched)
@@ -323,7 +323,7 @@ def check_training_settings(recipe: Recipe) -> None:
     wandb_run.wandb_mode(recipe.track)
 
 
-def _watched(run: Run) -> Eval | None:
+def watched_by(run: Run) -> Eval | None:
     """Section `eval` as distill.watch scores by it; None where nothing is watched."""
     watch, settings = run.recipe.distill.watch, run.recipe.eval
     return watch and dataclasses.replace(

@@ -214,7 +214,7 @@ def _eval(run: Run, wanted: Sequence[str], final: Mapping[str, bool]) -> Stage:
     due = [role for role in wanted if role not in scored]
     if not due:
         return Stage("eval", "done")
-    work = eval_work(run)
+    work = eval_work(run, settings)
     speed = "; how fast they are is measured on top" if settings.speed else ""
     seconds = eval_seconds(run, work, len(due))
     return Stage("eval", "to do", f"{', '.join(due)}, each: {work}{speed}", seconds)

@@ -1,20 +1,22 @@
 """How long the stages of a run take here: their operations over the rate of a matrix product, which is measured.
 
 Nothing is tried, so that a busy machine comes to the same. Left out are the cut, sweeps, removals one by one, texts
-that the teacher writes, recording, watching, the speed, and loading models and libraries.
+that the teacher writes, recording, and loading models and libraries.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.plan import Plan
 from shoal.machine import ranks_to_start
 from shoal.models.cost import active_weights
 from shoal.models.load import without_data
+from shoal.recipe.evaluate import Eval
 from shoal.runtime import device
 
-from .distill import checkpoint_of, training_spec
+from .distill import checkpoint_of, training_spec, watched_by
 from .prune import expected_plan
 from .run import Run
 
@@ -27,7 +29,7 @@ WRITTEN = 4
 
 
 def run_seconds(run: Run) -> float:
-    """Seconds of measuring, training and scoring, whatever of it is done.
+    """Seconds of measuring, training, scoring and timing, whatever of it is done.
 
     Raises:
         UserError: what these stages would refuse; NotEstimated, a family that cannot be told without running it.
@@ -35,8 +37,10 @@ def run_seconds(run: Run) -> float:
     from shoal.train.preflight.memory import job
     from shoal.train.preflight.throughput import step_time
 
-    trainings = [spec.num_steps * step_time(job(spec)).seconds for spec in training_specs(run, expected_plan(run))]
-    return measure_seconds(run) + sum(trainings) + eval_seconds(run, eval_work(run), 2 + len(trainings))
+    specs = training_specs(run, expected_plan(run))
+    trainings = [spec.num_steps * step_time(job(spec)).seconds + watch_seconds(run, spec.num_steps) for spec in specs]
+    scores = eval_seconds(run, eval_work(run, run.recipe.eval), 2 + len(specs))
+    return measure_seconds(run) + sum(trainings) + scores + speed_seconds(run)
 
 
 def training_specs(run: Run, plan: Plan) -> list[TrainSpec]:
@@ -60,12 +64,31 @@ def measure_seconds(run: Run) -> float:
     return passes * settings.num_tokens * _token_seconds(run)
 
 
-def eval_work(run: Run) -> Work:
-    """What scoring asks of one model."""
+def watch_seconds(run: Run, num_steps: int) -> float:
+    """Seconds of scoring the student while it trains."""
+    watch, settings = run.recipe.distill.watch, watched_by(run)
+    if watch is None or settings is None:
+        return 0.0
+    every = math.ceil(watch.eval_steps * (num_steps if watch.eval_steps < 1 else 1))
+    return eval_seconds(run, eval_work(run, settings), 1 + math.ceil(num_steps / every))
+
+
+def speed_seconds(run: Run) -> float:
+    """Seconds of timing teacher, pruned and distilled model in turns, the first of which is not timed."""
+    from shoal.eval.speed import NEW_TOKENS, PROMPT_TOKENS, rounds_of
+
+    if not (speed := run.recipe.eval.speed):
+        return 0.0
+    rounds = rounds_of(None if isinstance(speed, bool) else speed, device().type)
+    rows = sum(size * (1 + timed) for size, timed in rounds.items())
+    return 3 * rows * (PROMPT_TOKENS + WRITTEN * NEW_TOKENS) * _token_seconds(run)
+
+
+def eval_work(run: Run, settings: Eval) -> Work:
+    """What scoring by ``settings`` asks of one model."""
     from shoal.eval.evaluate import num_items, work_of
     from shoal.eval.tasks.load import tasks_of
 
-    settings = run.recipe.eval
     tasks = tasks_of(settings, seed=run.recipe.seed)
     return work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
 
