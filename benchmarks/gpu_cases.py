@@ -12,15 +12,7 @@ from typing import Any, Literal
 import yaml
 from transformers import Qwen3Config
 
-QWEN3 = {
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 40_960,
-    "tie_word_embeddings": True,
-    "bos_token_id": None,
-    "eos_token_id": 256,
-    "pad_token_id": 256,
-    "dtype": "bfloat16",
-}
+LISTED: Any = yaml.safe_load(Path(__file__).with_name("gpu.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -28,7 +20,7 @@ class Size:
     """Shapes of a teacher, the layers that the student lacks, and how a step's rows are split."""
 
     shapes: dict[str, Any]
-    """Settings of Qwen3Config beside those of QWEN3."""
+    """Settings of Qwen3Config beside those of gpu.yaml's `every`."""
     drop: list[int]
     length: int = 4096
     rows: int = 2
@@ -39,7 +31,7 @@ class Size:
 
     @property
     def config(self) -> Qwen3Config:
-        return Qwen3Config(**QWEN3 | self.shapes)
+        return Qwen3Config(**LISTED["every"] | self.shapes)
 
 
 @dataclass(frozen=True)
@@ -67,9 +59,8 @@ class Case:
     steps: int = 12
 
 
-_LISTED: Any = yaml.safe_load(Path(__file__).with_name("gpu.yaml").read_text(encoding="utf-8"))
-SIZES = {name: Size(**settings) for name, settings in _LISTED["sizes"].items()}
-CASES = [Case(**_LISTED["groups"][case["group"]] | case) for case in _LISTED["cases"]]
+SIZES = {name: Size(**settings) for name, settings in LISTED["sizes"].items()}
+CASES = [Case(**LISTED["groups"][case["group"]] | case) for case in LISTED["cases"]]
 
 
 def recipe_of(case: Case, size: Size, folder: Path) -> dict[str, Any]:
