@@ -41,7 +41,7 @@ def schema_of(kind: type[Artifact]) -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": kind.schema(),
-        "description": " ".join((kind.__doc__ or "").split()),
+        "description": " ".join((kind.__doc__ or "").partition("Example:")[0].split()),
         "type": "object",
         "properties": {"schema": {"const": kind.schema()}, "made": ADDED["made"], **own},
         "required": ["schema", "made", *(key for key in said["required"] if key in own)],
