@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart check test prove lint size types fast-tests format docs notebooks wheel bench gpu
+.PHONY: quickstart check test prove lint size types fast-tests format docs notebooks wheel release bench gpu
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run configs/quickstart.yaml
@@ -57,6 +57,10 @@ wheel: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+
+# what is uploaded to an index: README's links have to lead to the repository that [project.urls] names
+release: wheel
+	! tar -xzOf dist/shoal-*.tar.gz --wildcards 'shoal-*/PKG-INFO' | grep -nE '\]\([^):]+\)'
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu runs/steps --device cpu --budget 3600

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def report(run: Run) -> None:
-    """report.html and report.md, then what the recipe exports: a GGUF file, a push to the Hub."""
+    """report.html and report.md, then what the recipe exports: a GGUF file with the model card, a push to the Hub."""
     from shoal.eval.report.report import write_report
 
     _require_this_run(run)
@@ -38,6 +38,19 @@ def report(run: Run) -> None:
         export_gguf(run)
     if run.recipe.export.hub_repo is not None:
         export(run)
+    elif run.recipe.export.gguf:
+        write_card(run)
+
+
+def write_card(run: Run) -> None:
+    """README.md and figures next to the weights in distilled/, as a push has them."""
+    from shoal.eval.report.card import model_card
+    from shoal.eval.report.hub import complete_export
+    from shoal.eval.report.report import FIGURES_DIR
+
+    if (folder := run.dir / "distilled").is_dir():
+        complete_export(folder, model_card(run.dir, base_folder=run.teacher), run.dir / FIGURES_DIR)
+        log.info("card: %s", folder / "README.md")
 
 
 def _require_this_run(run: Run) -> None:

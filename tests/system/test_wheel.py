@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -21,6 +23,7 @@ from shoal.launch.help.names import LISTS
 ROOT = Path(__file__).parents[2]
 VERSION = "0.1.0+wheel"
 """Of the wheel that is tested: every result says it, so none came from the clone."""
+SOURCE = "https://example.org/shoal"
 pytestmark = pytest.mark.prove
 
 
@@ -38,11 +41,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("src", "compress", "train", "eval", "launch", "lab", "configs"):
         without = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=without)
-    for name in ("README.md", "LICENSE"):
+    for name in ("README.md", "LICENSE", "setup.py"):
         shutil.copy(ROOT / name, source)
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     named = settings.replace('version = "0.1.0"', f'version = "{VERSION}"', 1)
     assert named != settings
+    named = named.replace("[project.scripts]", f'[project.urls]\nSource = "{SOURCE}"\n\n[project.scripts]', 1)
     (source / "pyproject.toml").write_text(named, encoding="utf-8")
     said = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", source)
     assert "WARNING" not in said, said
@@ -52,6 +56,22 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_packages_can_be_published(built: Path) -> None:
     said = run(sys.executable, "-m", "twine", "check", "--strict", *built.iterdir())
     assert said.count("PASSED") == 2
+
+
+def test_the_first_page_has_no_relative_link_on_an_index(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    page = zipfile.ZipFile(wheel).read(f"shoal-{VERSION}.dist-info/METADATA").decode()
+    targets = re.findall(r"""(?:\]\(|<img[^>]* src=")([^)\s"]+)""", page)
+    assert f"{SOURCE}/blob/v{VERSION}/CHANGELOG.md" in targets
+    assert [target for target in targets if target.startswith(f"{SOURCE}/raw/") and target.endswith(".svg")]
+    assert not [target for target in targets if not target.startswith(("https://", "http://", "#"))]
+
+
+def test_the_sdist_is_small_and_has_no_tests(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    folders = {name.split("/")[1] for name in tarfile.open(sdist).getnames() if name.count("/") > 1}
+    assert folders == {"src", "compress", "train", "eval", "launch", "lab", "configs", "shoal.egg-info"}
+    assert sdist.stat().st_size < 2_000_000
 
 
 def test_wheel_holds_all_that_is_tracked_beside_tests_documents_and_scripts(built: Path) -> None:
