@@ -69,7 +69,8 @@ def test_the_first_page_has_no_relative_link_on_an_index(built: Path) -> None:
 
 def test_the_sdist_is_small_and_has_no_tests(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
-    folders = {name.split("/")[1] for name in tarfile.open(sdist).getnames() if name.count("/") > 1}
+    with tarfile.open(sdist) as archive:
+        folders = {name.split("/")[1] for name in archive.getnames() if name.count("/") > 1}
     assert folders == {"src", "compress", "train", "eval", "launch", "lab", "configs", "shoal.egg-info"}
     assert sdist.stat().st_size < 2_000_000
 
