@@ -284,6 +284,21 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
     assert "more_continuation" in again
 
 
+def test_the_page_on_own_tasks_has_descriptions_that_work(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs/how-to/own-tasks.md").read_text(encoding="utf-8")
+    written = dict(re.findall(r"```yml\ndataset: (\w+)\n(.*?)```", page, re.DOTALL))
+    for name, rest in written.items():
+        (tmp_path / f"{name}.yaml").write_text(f"dataset: {name}\n{rest}")
+    science, faq = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    rows = {"my_science/test.jsonl": [json.loads(science)], "my_faq/test.jsonl": [json.loads(faq)]}
+    write(tmp_path, rows)
+    names = ["my_science_generation", "my_science_reworded_continuation", "my_faq_generation", "my_faq_worked"]
+    tasks = load_tasks(names, include_path=tmp_path, data_dir=tmp_path)
+    assert len(written) == 3
+    assert [task.eval_docs[0]["answer"] for task in [*tasks.values()][:2]] == [1, 1]
+    assert tasks["my_faq_generation"].eval_docs[0]["answers"] == ["Lima"]
+
+
 @pytest.mark.parametrize(("old", "new", "message"), CASES["descriptions"])
 def test_a_wrong_description_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN.replace(old, new))
