@@ -286,7 +286,7 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
 
 def test_the_page_on_own_tasks_has_descriptions_that_work(tmp_path: Path) -> None:
     page = (Path(__file__).parents[3] / "docs/how-to/own-tasks.md").read_text(encoding="utf-8")
-    written = dict(re.findall(r"```yml\ndataset: (\w+)\n(.*?)```", page, re.DOTALL))
+    written = dict(re.findall(r"```yaml\ndataset: (\w+)\n(.*?)```", page, re.DOTALL))
     for name, rest in written.items():
         (tmp_path / f"{name}.yaml").write_text(f"dataset: {name}\n{rest}")
     science, faq = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
