@@ -15,12 +15,10 @@ import numpy as np
 from shoal.artifacts.evaluation import Interval, Scores, TaskScore
 from shoal.stats.means import TaskScores, correlations, mean_change, weighted_sum
 from shoal.stats.paired import share_items, wording_gap, wording_influences
-from shoal.task_words import COLUMNS, PROTOCOLS
+from shoal.task_words import COLUMNS, OUTSIDE, PROTOCOLS
 
 from .compare import Cell, Model, RunComparison, teacher_of
 
-HEADLINE = ("reworded", "out", "public")
-"""Columns outside the trained wording."""
 CONTROLLED = {"learnt from the text": ("teacher", "control"), "still lost": ("control", "distilled")}
 """Effect that a control shows -> roles before and after."""
 
@@ -42,7 +40,7 @@ class Groups:
     @property
     def outside(self) -> bool:
         """Whether the tasks that rank are outside the trained wording."""
-        return self.columns <= set(HEADLINE)
+        return self.columns <= set(OUTSIDE)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -70,7 +68,7 @@ def task_groups(comparison: RunComparison) -> Groups:
     """The groups of a table's tasks, those that rank first."""
     usable = [task for task in comparison.tasks if task.higher_is_better and task.task not in comparison.silent]
     columns = {task.column for task in usable}
-    ranking = columns & set(HEADLINE) or columns
+    ranking = columns & set(OUTSIDE) or columns
     tasks: dict[str, tuple[TaskScore, ...]] = {}
     for task in usable:
         tasks[group_title(task)] = (*tasks.get(group_title(task), ()), task)

@@ -14,6 +14,7 @@ from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
 from shoal.stats.means import mean_change, mean_share
 from shoal.stats.paired import SIGNIFICANT
+from shoal.task_words import OUTSIDE
 
 from ..tasks.names import described_tasks, task_folders
 from .costs import speed_ratio
@@ -43,8 +44,6 @@ CHANGES = {
 }
 """(before, after) -> name of the change between them. If there is a control, it shows what is still lost."""
 NOTE = f"“Likely but not confirmed”: the interval excludes 0, but p ≥ {SIGNIFICANT} corrected for all tasks (Holm)."
-OUTSIDE = ("reworded", "out", "public")
-"""Columns outside the trained wording."""
 KEPT = 0.9
 """Share of the teacher's score above chance that a model worth shipping keeps."""
 PROTOCOLS_DIFFER = 0.1

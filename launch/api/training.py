@@ -87,14 +87,8 @@ def distill(
     section, seed = _section({"losses": losses, "trainable": trainable}, settings, seed), int(seed)
     has_budget = "num_tokens" in settings or is_source(data)
     budget = num_rows(section) * section.sequence_length if has_budget else None
-    rows = pack(
-        sources_of(data, loss_on=loss_on, num_tokens=budget),
-        tokenizer,
-        sequence_length=section.sequence_length,
-        num_tokens=budget,
-        seed=seed,
-        packing=section.packing,
-    )
+    sources, how = sources_of(data, loss_on=loss_on, num_tokens=budget), {"num_tokens": budget, "seed": seed}
+    rows = pack(sources, tokenizer, sequence_length=section.sequence_length, packing=section.packing, **how)
     with TemporaryDirectory() as folder, left_as_it_was(teacher), left_as_it_was(student), _in_float32(student):
         args = training_arguments(section, None, output_dir=Path(folder), seed=seed)
         work = DistillationTrainer(student, teacher, args, rows, None, tokenizer, section.lora, drop=drop)

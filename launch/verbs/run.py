@@ -225,22 +225,17 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
     def fewer(count: int) -> int:
         return math.ceil(share * count)
 
-    distill, scores = recipe.distill, recipe.eval
+    measure, distill, scores, watch = recipe.measure, recipe.distill, recipe.eval, recipe.distill.watch
+    watch = watch and replace(watch, perplexity_tokens=fewer(watch.perplexity_tokens))
+    if isinstance(limit := scores.limit, dict):
+        limit = {task: number and fewer(number) for task, number in limit.items()}
+    elif limit:
+        limit = fewer(limit)
     return replace(
         recipe,
-        measure=replace(recipe.measure, num_tokens=fewer(recipe.measure.num_tokens)),
-        distill=replace(
-            distill,
-            num_tokens=fewer(distill.num_tokens),
-            watch=distill.watch and replace(distill.watch, perplexity_tokens=fewer(distill.watch.perplexity_tokens)),
-        ),
-        eval=replace(
-            scores,
-            limit={task: number and fewer(number) for task, number in scores.limit.items()}
-            if isinstance(scores.limit, dict)
-            else scores.limit and fewer(scores.limit),
-            perplexity_tokens=fewer(scores.perplexity_tokens),
-        ),
+        measure=replace(measure, num_tokens=fewer(measure.num_tokens)),
+        distill=replace(distill, num_tokens=fewer(distill.num_tokens), watch=watch),
+        eval=replace(scores, limit=limit, perplexity_tokens=fewer(scores.perplexity_tokens)),
     )
 
 

@@ -23,6 +23,8 @@ COLUMNS = {
     "in": "trained wording",
 }
 """Column -> its words, in the order in which they stand beside each other; see TaskScore.column."""
+OUTSIDE = ("reworded", "out", "public")
+"""Columns outside the trained wording."""
 ABILITIES = ("retrieval", "knowledge", "reasoning")
 """Abilities that task names begin with."""
 USUAL_METRICS = ("acc", "match", "exact_match", "nats_per_token")

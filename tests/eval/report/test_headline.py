@@ -19,9 +19,10 @@ from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.artifacts.plan import PlannedChange
 from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.findings import compare
-from shoal.eval.report.headline import OUTSIDE, Shares, facts, headline
+from shoal.eval.report.headline import Shares, facts, headline
 from shoal.eval.report.report import write_report
 from shoal.eval.report.run import read_run
+from shoal.task_words import OUTSIDE
 
 CASES = cases(__file__)
 
