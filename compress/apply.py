@@ -103,13 +103,13 @@ def apply_plan(
         else:
             _write_from_memory(teacher, plan, folder, new)
         copy_beside(teacher_folder, folder)  # a cut changes no token and no licence
-        with doing("prune: proving the student by its files"):
+        with doing("prune: checking the student's files"):
             prove_by_files(folder, skeleton, plan.keep)
         if runs:
             log.info("prune: running the teacher after %s, then the student", plan.in_words())
             with doing("prune: running the teacher as planned"):
                 expected = _planned_behaviour(teacher, plan, new, in_float32=is_rounded)
-            with doing("prune: proving the student by running it"):
+            with doing("prune: checking the student by running it"):
                 reference = f"the teacher after {plan.in_words()}"
                 prove_by_run(folder, expected, reference=reference, is_rounded=is_rounded)
     return plan
@@ -117,7 +117,7 @@ def apply_plan(
 
 def _teacher(folder: Path, out: Path, plan: Plan, *, trust_remote_code: bool) -> Teacher:
     if folder.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out}: is the teacher's own folder, or holds it; choose another one for the student")
+        raise UserError(f"{out}: is the teacher's own folder, or contains it; choose another folder for the student")
     if has_tokenizer(folder):  # a damaged one is refused
         load_tokenizer(folder, trust_remote_code=trust_remote_code)
     else:
@@ -126,12 +126,11 @@ def _teacher(folder: Path, out: Path, plan: Plan, *, trust_remote_code: bool) ->
     num_layers = text_config(teacher.config).num_hidden_layers
     if plan.num_layers != num_layers:
         raise UserError(
-            f"plan: is for a model of {plan.num_layers} layers, but {folder} has {num_layers}; "
-            "make the plan for this model"
+            f"plan: is for a model of {plan.num_layers} layers, but {folder} has {num_layers}; make another plan"
         )
     kept_layers(num_layers, plan.drop)  # refuses what is no layer, and all of them
     if inside := [shard.file for shard in teacher.shards if shard.file.resolve().is_relative_to(out.resolve())]:
-        raise UserError(f"{out}: holds {inside[0].name} of the teacher; choose another folder for the student")
+        raise UserError(f"{out}: holds the teacher's file {inside[0].name}; choose another folder for the student")
     return teacher
 
 
@@ -139,8 +138,8 @@ def _shall_run(teacher: Teacher, *, in_float32: bool) -> bool:
     reason = why_not_run(teacher.config, teacher.shards) or memory_shortage(teacher.shards, in_float32=in_float32)
     if reason:
         log.warning(
-            "prune: %s; so it is proven by its files and layers, not by running it. Run it where it can run before you "
-            "trust it",
+            "prune: %s; so the student was checked by its files and layers, not by running it. Run it on a machine "
+            "that can before you rely on it",
             reason,
         )
     return not reason
@@ -157,10 +156,9 @@ def _route(teacher: Teacher, plan: Plan) -> tuple[PreTrainedModel, Copy | None]:
     except NotByCopy as reason:
         if quantisation:
             raise UserError(
-                f"{teacher.folder}: is quantised, and its tensors cannot be copied as they are: {reason}; "
-                "give the full-precision model"
+                f"{teacher.folder}: is quantised and cannot be copied: {reason}; give the full-precision model"
             ) from reason
-        log.info("prune: making the student in memory: %s", reason)
+        log.info("prune: building the student in memory: %s", reason)
         return skeleton, None
 
 
@@ -185,7 +183,7 @@ def _with_tensors(
         stored_names = copy.names if copy else {}
         return copy, changed_tensors(skeleton, names if copy else {}, load, teacher.stored, stored_names)
     except NotByCopy as reason:
-        log.info("prune: making the student in memory: %s", reason)
+        log.info("prune: building the student in memory: %s", reason)
         return None, changed_tensors(skeleton, {}, load, teacher.stored, {})
 
 

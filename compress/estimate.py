@@ -67,7 +67,7 @@ def cut_estimate(
         *([f"llama.cpp: would run another model: {problem}"] if (problem := misreading(config)) else []),
         disk_line(stored[1], out),
         *(change.words(models[0], plan, num_tokens) for change in changes),
-        f"proof: by its files, and the kind and settings of every layer; {not_run or 'and by running both models'}",
+        f"check: by its files, and the kind and settings of every layer; {not_run or 'and by running both models'}",
     ]
     width = stored[0] / costs[0].num_parameters if is_quantised else runs_in.itemsize
     return paragraphs([about, *_sizes(costs, stored, width, usual_length(teacher.config)), further]), stored[1]
@@ -105,7 +105,7 @@ def _sizes(costs: tuple[Cost, Cost], stored: tuple[int, int], width: float, leng
     reads = "reading weights and cache" if is_known else "reading weights"
     return aligned([("", "before", "after", "ratio"), *cells]), [
         "expected, not measured:",
-        f"  decode  {read[0] / read[1]:.2f} x as fast, one sequence behind {length:,} tokens, if {reads} "
-        f"takes all the time ({bytes_text(read[0])} a token, then {bytes_text(read[1])})",
-        *([] if is_known else ["  the cache of this family cannot be told without running it, so it is left out"]),
+        f"  decode  {read[0] / read[1]:.2f} x as fast (one sequence after {length:,} tokens), if {reads} takes all "
+        f"the time ({bytes_text(read[0])} a token, then {bytes_text(read[1])})",
+        *([] if is_known else ["  not counted: the cache, which for this family is only known by running it"]),
     ]

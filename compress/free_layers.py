@@ -54,7 +54,7 @@ def possible_count(prune: CutByScore, num_layers: int) -> int:
     most, left = len(free), f"only {len(free)} of {num_layers} are not protected"
     if prune.contiguous:
         most = longest_run(protected, num_layers)
-        left = f"the longest run that is not protected has {most}"
+        left = f"the longest unprotected run has {most}"
     if count > most:
         raise UserError(
             f"prune: asks to drop {count} layers, but {left} ({protected}); drop fewer or shorten prune.protect"
@@ -72,7 +72,7 @@ def count_of(prune: CutByScore, num_layers: int) -> int:
     if prune.num_drop is not None:
         key, count = f"prune.num_drop={prune.num_drop}", prune.num_drop
     elif prune.ratio is None:
-        key, count = "prune, which says no number of layers", default_count(num_layers)
+        key, count = "prune without a number of layers", default_count(num_layers)
     else:
         # 0.29 * 100 is 28.999999999999996 in floating point
         key, count = f"prune.ratio={prune.ratio}", math.floor(prune.ratio * num_layers + 1e-9)
@@ -90,7 +90,7 @@ def protected_layers(protect: Sequence[int | str], num_layers: int) -> set[int]:
     for layer in named:
         if not -num_layers <= layer < num_layers:
             raise UserError(
-                f"prune.protect: {layer} is no layer of this model; name 0..{num_layers - 1}, or -1 for the last one"
+                f"prune.protect: layer {layer} does not exist; name 0 to {num_layers - 1}, or -1 for the last"
             )
     return {layer % num_layers for layer in named}
 
@@ -161,7 +161,7 @@ class Goals:
             return first
         nearest = self.in_words(cuts[-1] if cuts else ())
         raise UserError(
-            f"prune.target: is not reached by {what}; the nearest is {nearest}. Ask for less, or shorten prune.protect "
+            f"prune.target: is not reached by {what}; the nearest is {nearest}. Lower the target, or shorten prune.protect "
             "and prune.spare"
         )
 
@@ -180,14 +180,14 @@ def goals_asked(goals: Iterable[Goal]) -> Goals:
     all_goals = Goals(tuple(goals))
     if all_goals.reached(()):
         raise UserError(
-            f"prune.target: nothing has to go, because all of it holds already: {all_goals.in_words(())}; ask for "
-            "more, or leave prune.target out"
+            f"prune.target: all of it holds without dropping a layer: {all_goals.in_words(())}; set a stricter "
+            "target, or remove prune.target"
         )
     return all_goals
 
 
 def fewest(
-    order: Sequence[int], num_layers: int, goals: Goals, what: str = "dropping every layer that is free to go"
+    order: Sequence[int], num_layers: int, goals: Goals, what: str = "dropping every layer that may be dropped"
 ) -> int:
     """How many of the first layers of ``order`` reach the goals, one layer staying; ``what`` is all of them, in
     words."""

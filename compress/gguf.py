@@ -74,7 +74,7 @@ class GgufProof:
 
     def in_words(self) -> str:
         """The proof for a log line."""
-        regrouped = f", {self.num_regrouped} more regrouped with all their numbers" if self.num_regrouped else ""
+        regrouped = f", {self.num_regrouped} more regrouped with equal numbers" if self.num_regrouped else ""
         return f"{self.num_blocks} blocks, {self.num_equal} tensors equal{regrouped}"
 
 
@@ -97,7 +97,7 @@ def find_converter() -> Path:
     if checkout := os.environ.get(CONVERTER_VARIABLE):
         script = Path(checkout).expanduser() / CONVERTER
         if not script.is_file():
-            raise UserError(f"{CONVERTER_VARIABLE}={checkout}: holds no {CONVERTER}; set it to a checkout of llama.cpp")
+            raise UserError(f"{CONVERTER_VARIABLE}={checkout}: has no {CONVERTER}; set it to a checkout of llama.cpp")
         return script
     spec = importlib.util.find_spec(CONVERTER_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
@@ -158,7 +158,7 @@ def export_gguf(folder: Path, path: Path) -> GgufProof:
     if done.returncode != 0 or not path.is_file():
         lines = [line for line in done.stdout.splitlines() if line.strip() and "byte/s]" not in line]
         raise UserError(
-            f"GGUF: llama.cpp's converter failed on {folder} (exit code {done.returncode}). It said last:\n  "
+            f"GGUF: llama.cpp's converter failed on {folder} (exit code {done.returncode}). Its last lines:\n  "
             + "\n  ".join(lines[-6:])
             + f"\n{ANOTHER_CONVERTER[0].upper()}{ANOTHER_CONVERTER[1:]}"
         )
@@ -189,7 +189,9 @@ def check_gguf(path: Path, folder: Path) -> GgufProof:
     reader, text = gguf.GGUFReader(path), text_config(load_config(folder))
     architecture = reader.fields["general.architecture"].contents()
     if (count := reader.fields[f"{architecture}.block_count"].contents()) != text.num_hidden_layers:
-        raise UserError(f"{path}: has {count} blocks, the model {text.num_hidden_layers} layers; {ANOTHER_CONVERTER}")
+        raise UserError(
+            f"{path}: has {count} blocks, but the model has {text.num_hidden_layers} layers; {ANOTHER_CONVERTER}"
+        )
     found: dict[str, Counter[int]] = defaultdict(Counter)  # block -> hashes of its tensors
     regrouped: dict[str, int] = defaultdict(int)  # block -> sum of the hashes of what is no tensor of its own there
     num_tokens, num_tensors, num_equal = text.vocab_size, 0, 0
@@ -213,7 +215,7 @@ def check_gguf(path: Path, folder: Path) -> GgufProof:
         num_tensors, num_equal = num_tensors + 1, num_equal + (equal is not None)
     sums = {block: regrouped[block] - sum(hashes.elements()) for block, hashes in found.items()}
     if wrong := [block for block, difference in sums.items() if difference % 2**64]:
-        raise UserError(f"{path}: does not hold the numbers of {folder} in {', '.join(wrong)}; {ANOTHER_CONVERTER}")
+        raise UserError(f"{path}: differs from {folder} in {', '.join(wrong)}; {ANOTHER_CONVERTER}")
     return GgufProof(text.num_hidden_layers, num_equal, num_tensors - num_equal)
 
 
@@ -305,7 +307,7 @@ def _misread(names: Sequence[str], actual: Sequence[Any], takes: Callable[[int],
             true, taken = names if is_first else names[::-1]
             return (
                 f"llama.cpp takes layer {layer} of this student for {taken}, but it is {true}; {law}. Drop layers so "
-                "that the kept ones repeat that pattern from layer 0"
+                "that the remaining ones repeat that pattern from layer 0"
             )
     return None
 
@@ -327,7 +329,7 @@ def _sliding(period: int, *, full_first: bool = False) -> Rule:
 def _no_rope(values: Values) -> str | None:
     """Every fourth layer goes without rotary positions (n_no_rope_layer_step)."""
     rotary = values.get("no_rope_layers") or ()  # 1 = the layer has rotary positions
-    return _misread(ROTARY, rotary, lambda layer: layer % 4 != 3, "it counts: every fourth layer goes without")
+    return _misread(ROTARY, rotary, lambda layer: layer % 4 != 3, "it counts: every fourth layer has none")
 
 
 def _afmoe(values: Values) -> str | None:
@@ -342,7 +344,7 @@ def _llama4(values: Values) -> str | None:
     step, experts = values.get("interleave_moe_layer_step") or 1, values.get("moe_layers")
     if problem is not None or experts is None:
         return problem
-    law = f"it counts: every layer whose number is a multiple of interleave_moe_layer_step ({step}) has experts"
+    law = f"it counts: layers with a number that is a multiple of interleave_moe_layer_step ({step}) have experts"
     has_experts = [layer in experts for layer in range(values["num_hidden_layers"])]
     return _misread(EXPERTS, has_experts, lambda layer: (layer + 1) % step == 0, law)
 
@@ -353,8 +355,8 @@ def _exaone4(values: Values) -> str | None:
     if values.get("sliding_window") is None:
         return None
     return (
-        f"llama.cpp knows the sliding window only for 64 layers; with {values['num_hidden_layers']} it would run every "
-        "layer with full attention and rotary positions. Cut the EXAONE 4 without window instead"
+        f"llama.cpp knows the sliding window only for 64 layers; with {values['num_hidden_layers']} it would run "
+        "every layer with full attention and rotary positions. Prune an EXAONE 4 without window instead"
     )
 
 

@@ -172,7 +172,7 @@ def _goals(target: Target, sizes: LayerSizes) -> Iterator[Goal]:
     if target.memory_gb is not None:
         if not sizes.cost.cache:
             raise UserError(
-                "prune.target.memory_gb: the cache of this family cannot be told without running it; use "
+                "prune.target.memory_gb: the cache of this family is only known by running it; use "
                 "prune.target.params, or drop layers by number (prune.num_drop)"
             )
         layers = range(sizes.num_layers)

@@ -50,7 +50,7 @@ def measure_importance(
     calibration = Calibration(rows, batch_size, num_drop, seed)
     needs_next = bool({"gradients", "loss"} & by_need.keys())
     if not (calibration.follows_NS.any() if needs_next else len(rows)):
-        raise UserError("measure: there is no token to measure on; name a data source that holds (longer) text")
+        raise UserError("measure: the data holds no token to measure on; name a data source with (longer) text")
     for name in metrics:
         METRICS[name].refuse(model, name)
     warn_of_mixed_documents(model, rows.input_ids_NS, rows.position_ids_NS, WHILE_MEASURED)

@@ -67,7 +67,7 @@ class _Limits:
     @property
     def loss(self) -> str:
         """What may not be lost."""
-        return f"a significant loss on {self.columns}, by the sum of their single removals"
+        return f"a significant loss on {self.columns} (estimated from single removals)"
 
     @property
     def columns(self) -> str:
@@ -75,7 +75,7 @@ class _Limits:
 
     @property
     def remedy(self) -> str:
-        return "drop fewer or shorten prune.protect" + (" or prune.spare" if self.spared else "")
+        return "drop fewer layers, or shorten prune.protect" + (" or prune.spare" if self.spared else "")
 
 
 def choose_changes(
@@ -92,9 +92,7 @@ def choose_changes(
         return _explicit(prune, num_layers)
     wanted = goals or count_of(prune, num_layers)
     if importance is None:
-        raise UserError(
-            "prune: choosing layers needs importance.json; run `shoal measure` first, or name layers in prune.drop"
-        )
+        raise UserError("prune: importance.json is missing; run `shoal measure` first, or name layers in prune.drop")
     limits = _limits(prune, importance)
     choose = _best_run if prune.contiguous else _first_of_order
     drop, reason, scores = choose(prune, wanted, limits, importance)
@@ -103,7 +101,7 @@ def choose_changes(
     if limits.protected:
         reason += f"; {_named(sorted(limits.protected))} protected"
     if limits.spared:
-        reason += f"; nothing significant spent on {limits.columns}"
+        reason += f"; no significant loss on {limits.columns}"
     return Choice(tuple(sorted(drop)), reason, scores, tuple(sorted(limits.protected)))
 
 
@@ -149,7 +147,7 @@ def _warn_without_signal(name: str, importance: Importance) -> None:
         return
     for column in swept_columns(name, importance):
         if column.higher_is_better and column.no_share:
-            log.warning("prune: %s says little about layers: %s", column.task, column.no_share)
+            log.warning("prune: %s shows little about layers: %s", column.task, column.no_share)
 
 
 def _explicit(prune: CutThese, num_layers: int) -> Choice:
@@ -168,7 +166,7 @@ def _best_run(prune: CutByScore, wanted: int | Goals, limits: _Limits, importanc
     """The cheapest run of ``wanted`` neighbours, or of as few as reach the goals, without a protected layer (Gromov et
     al. 2024, arXiv:2403.17887)."""
     metric, num_layers = prune.metric or DEFAULT_RUN_METRIC, importance.num_layers
-    assert isinstance(metric, str), "a mix is of scores of single layers"
+    assert isinstance(metric, str), "a mix needs scores of single layers"
     rows = _rows(metric, importance)
 
     def free(count: int) -> list[range]:
@@ -179,18 +177,18 @@ def _best_run(prune: CutByScore, wanted: int | Goals, limits: _Limits, importanc
 
     if isinstance(wanted, Goals):
         every = [run for count in range(1, min(len(rows), num_layers - 1) + 1) for run in free(count)]
-        first = every[wanted.first_reaching(every, "any run of neighbours that was measured and is free to go")]
+        first = every[wanted.first_reaching(every, "any run of neighbours that was measured and may be dropped")]
         count, runs = len(first), [run for run in every if len(run) == len(first) and wanted.reached(run)]
     elif (count := wanted) > len(rows):
         raise UserError(
-            f"prune.metric={metric}: was measured for runs of up to {len(rows)} layers, but {count} are to go; "
-            "drop fewer, or choose by a metric that scores longer ones"
+            f"prune.metric={metric}: was measured for runs of up to {len(rows)} layers, but {count} are to be "
+            "dropped; drop fewer, or choose a metric that scores longer runs"
         )
     elif not (runs := free(count)):
         raise UserError(
             f"prune: no run of {count} neighbouring layers is free of protected layers {sorted(limits.protected)}; "
             f"the longest has {longest_run(limits.protected, num_layers)}"
-            + (f", and none can go without {limits.loss}" if limits.spared else "")
+            + (f", and none can be dropped without {limits.loss}" if limits.spared else "")
             + f": {limits.remedy}"
         )
     lowest = f"lowest {metric} ({rows[count - 1][runs[0].start]:.4g}) of {len(runs)} possible"
@@ -205,8 +203,8 @@ def _rows(metric: str, importance: Importance) -> tuple[tuple[float, ...], ...]:
     if metric not in (*importance.layers, *importance.orders) and not swept_columns(metric, importance):
         raise unknown(metric, importance, f"prune.metric={metric}")
     raise UserError(
-        f"prune.metric={metric}: scores single layers, but prune.contiguous needs a metric of runs; "
-        f"use {' or '.join(sorted(importance.runs)) or 'none'}, or set prune.contiguous: false"
+        f"prune.metric={metric}: scores single layers, but prune.contiguous needs a metric of runs; use "
+        f"{' or '.join(sorted(importance.runs)) or 'none'}, or set prune.contiguous: false"
     )
 
 
@@ -228,17 +226,17 @@ def _first_of_order(prune: CutByScore, wanted: int | Goals, limits: _Limits, imp
     if len(drop) < count:
         among = f"the {len(order)} removals of {metric}" if greedy else str(len(order))
         protected = f"{len(free)} of {among} are not protected ({sorted(limits.protected)})"
-        left = protected if len(free) < count else f"{len(drop)} can go without {limits.loss}"
+        left = protected if len(free) < count else f"{len(drop)} can be dropped without {limits.loss}"
         raise UserError(
             f"prune: asks to drop {count} layers, but only {left}; {limits.remedy}"
-            + (", or choose by a metric that scores all layers" if greedy else "")
+            + (", or choose a metric that scores all layers" if greedy else "")
         )
     first = f"the first {layers_of(count, importance.num_layers)} of the order of {metric}"
     if not greedy:
         lowest = f"the lowest {metric} ({scores[drop[0]]:.4g} to {scores[drop[-1]]:.4g})"
         return drop, f"the {layers_of(count, importance.num_layers)} with {lowest}", scores
     if passed := order.index(drop[-1]) + 1 - count:
-        return drop, f"{first} that may go ({passed} passed over)", scores
+        return drop, f"{first} that may be dropped ({passed} passed over)", scores
     return drop, f"{first} ({greedy[count - 1].score:.4g} without them)", scores
 
 

@@ -218,15 +218,15 @@ def _checked(
     another way on several ranks."""
     if settings.apply_chat_template and not tokenizer.chat_template:
         raise UserError(
-            "eval.apply_chat_template: the tokenizer has no chat template; leave it out, or name a model that is tuned "
-            "to follow instructions"
+            "eval.apply_chat_template: the tokenizer has no chat template; remove it, or name an instruction-tuned "
+            "model"
         )
 
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError(
-                f"eval.tasks: {name!r} runs code that the model writes, or needs images or sound; shoal evaluates text "
-                "models by their text, leave it out"
+                f"eval.tasks: {name!r} runs code that the model writes, or needs images or sound; shoal evaluates "
+                "text models by their text, so remove it"
             )
         if task.OUTPUT_TYPE == "generate_until":
             prompt_room(task.get_config("generation_kwargs") or {}, max_length)
@@ -249,8 +249,8 @@ def num_items(tasks: dict[str, Any], settings: Eval, *, num_ranks: int = 1) -> d
     counts = {name: min(wanted[name] or available[name], available[name]) for name in tasks}
     if few := next((name for name, count in counts.items() if count < num_ranks), None):
         raise UserError(
-            f"eval.limit: {few!r} has {counts[few]} item(s) for {num_ranks} ranks, and each has to get one; raise the "
-            "limit, use fewer ranks, or leave the task out"
+            f"eval.limit: {few!r} has {counts[few]} item(s) for {num_ranks} ranks, and each rank needs one; raise "
+            "the limit, use fewer ranks, or remove the task"
         )
     return counts
 

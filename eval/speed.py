@@ -104,7 +104,10 @@ def _entry(role: str, checkpoint: Checkpoint, num_tokens: int) -> _Entry:
     needed, free = loaded_bytes(checkpoint.folder, checkpoint.config, checkpoint.load.dtype), device_memory(device())
     positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None) or num_tokens
     if needed > free:
-        why = f"takes {needed / 1e9:.1f} GB beside the models before it, and {free / 1e9:.1f} GB are free"
+        why = (
+            f"needs {needed / 1000000000.0:.1f} GB on top of the models before it, and {free / 1000000000.0:.1f} GB "
+            "are free"
+        )
     elif num_tokens > positions:
         why = f"has {positions} positions, but prompt and new tokens make {num_tokens}"
     else:
@@ -195,8 +198,8 @@ def _why_too_large(size: int, entries: Mapping[str, _Entry], measured: Mapping[s
             torch.accelerator.empty_cache()
         if needed > (free := device_memory(where)):
             return (
-                f"batch size {size} is left out: {role} would need {needed / 1e9:.1f} GB besides its weights, and "
-                f"{free / 1e9:.1f} GB are free"
+                f"batch size {size} is skipped: {role} would need {needed / 1000000000.0:.1f} GB on top of its "
+                f"weights, and {free / 1000000000.0:.1f} GB are free"
             )
     return ""
 

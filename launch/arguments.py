@@ -85,7 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--config: is given twice; name one recipe")
     if verb is not None and verb not in VERBS:
         word = OTHER_WORDS.get(verb)
-        hint = f"did you mean `shoal {word}`?" if word else meant(verb, VERBS, f"there are {', '.join(VERBS)}")
+        hint = f"did you mean `shoal {word}`?" if word else meant(verb, VERBS, f"the commands are {', '.join(VERBS)}")
         parser.error(f"{redacted_arguments([verb])[0]}: no such command; {hint}")
     if verb is not None and VERBS[verb].reads_recipe and not told:
         argv = list(_with_keys_as_words(parser, argv, VERBS[verb].sections))
@@ -123,7 +123,7 @@ def _with_keys_as_words(parser: argparse.ArgumentParser, argv: Sequence[str], se
         elif not equals and is_switch:
             value = "true"
         elif not equals:
-            parser.error(f"{redacted_arguments([word])[0]}: needs a value; `shoal explain {place}` says which")
+            parser.error(f"{redacted_arguments([word])[0]}: needs a value; `shoal explain {place}` shows which")
         yield f"{place}={flow_text(kind, value)}"
 
 
@@ -178,7 +178,7 @@ def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
         "--print-completion",
         choices=("bash", "zsh", "tcsh"),
         action=_PrintCompletion,
-        help="print a script for a shell",
+        help="print a completion script for a shell",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, row in VERBS.items():
@@ -197,8 +197,8 @@ def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
         )
         loudness = sub.add_mutually_exclusive_group()
         for option, said in (
-            ("quiet", "say results, warnings and errors only"),
-            ("verbose", "also say what libraries and all ranks log, and where a refusal comes from"),
+            ("quiet", "print only results, warnings and errors"),
+            ("verbose", "also print the logs of libraries and of all ranks, and the place of an error"),
         ):
             loudness.add_argument(
                 f"--{option}", dest="loudness", action="store_const", const=option, default="usual", help=said

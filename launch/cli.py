@@ -47,7 +47,7 @@ UNLESS_SET = {
 """Variables that torch reads as it loads."""
 RANKED = ("measure", "record", "distill", "eval")
 """Verbs whose work several ranks share."""
-STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
+STOPPED = "shoal: stopped; answered and finished work is kept, and the same command resumes from there"
 
 PEER_IS_GONE = ("closed by peer", "reset by peer", "remote process exited", "Connection was likely closed")
 """What gloo, NCCL and the store that ranks meet at call the end of another rank."""
@@ -162,7 +162,7 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
     except LaunchRefused:
         return EXIT_USER_ERROR
     except UserError as error:
-        log.debug("refused here:", exc_info=error)
+        log.debug("error raised here:", exc_info=error)
         if follows:
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
         with contextlib.suppress(OSError):  # a full disk, where that is what is wrong
@@ -176,7 +176,7 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
         print(f"shoal: rank {ranks.rank()}: another rank has ended, so this one does", file=sys.stderr, flush=True)
         return 1
     except Stopped as stopped:
-        log.warning("%s; the same command goes on from there", stopped)
+        log.warning("%s; the same command resumes from there", stopped)
         return 128 + stopped.number
     except LaunchEnded as ended:
         if ended.text:
@@ -208,7 +208,7 @@ def _print(told: Any) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
         if not isinstance(error, BrokenPipeError):
-            raise UserError(f"standard output: takes no more ({error.strerror}); print to another place") from error
+            raise UserError(f"standard output: cannot be written ({error.strerror}); redirect it to a file") from error
 
 
 def _dry_run(verb: str, recipe: Recipe, *, as_json: bool) -> Any:
@@ -235,7 +235,7 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         stage = _function(VERBS[verb].function)
     launched = "LOCAL_RANK" in os.environ
     if verb == "run" and launched:
-        raise UserError("`shoal run` starts its own launchers; under one, call measure, prune, distill and eval")
+        raise UserError("`shoal run` starts its own launchers; under a launcher, call measure, prune, distill and eval")
     if launched or (verb == "record" and ranks_of(verb, recipe) == 1):
         with doing("joining the other ranks"):
             runtime.set_up_distributed(recipe.distill.ddp_timeout)

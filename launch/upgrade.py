@@ -29,7 +29,7 @@ def upgraded(old: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         else:
             apply_override(new, f"{place}={yaml.safe_dump(value, default_flow_style=True)}")
     try:
-        parse_recipe(new, source="what is left")
+        parse_recipe(new, source="the rest")
     except UserError as error:
         told += str(error).split("\n")
     return new, told
@@ -49,7 +49,7 @@ def main(words: list[str]) -> int:
     """Write the new recipe to stdout; the exit code is 2 where there is none, 1 where something was left out."""
     try:
         if len(words) != 1 or not Path(words[0]).is_file():
-            raise UserError(f"name one recipe file, of before (got {' '.join(words) or 'none'})")
+            raise UserError(f"name one recipe file of an older version (got {' '.join(words) or 'none'})")
         new, told = upgraded(read_settings(words[0])[0])
     except UserError as error:
         sys.stderr.write(printable(f"shoal: error: {error}\n"))

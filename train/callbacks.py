@@ -240,7 +240,7 @@ class Curves(WandbCallback):
         public = copy.copy(args)
         public.to_dict = lambda: redacted(args.to_dict())
         if is_tracking():
-            with attempt("curves could not be begun", self._run_dir):
+            with attempt("curves could not be started", self._run_dir):
                 super().on_train_begin(public, state, control, model=model, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:

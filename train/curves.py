@@ -47,7 +47,7 @@ class LossGuard:
             usual = statistics.median(self.recent)
             if abs(loss) > self._spike * max(abs(usual), FLOOR):
                 return (
-                    f"the loss is {loss:.4g}, more than distill.stop_on_spike: {self._spike:g} times {usual:.4g}, "
+                    f"the loss is {loss:.4g}, more than distill.stop_on_spike ({self._spike:g}) times {usual:.4g}, "
                     f"the median of the {len(self.recent)} steps before"
                 )
         self.recent.append(loss)
@@ -109,7 +109,7 @@ def judged_norm(norm: float, scaler: torch.amp.GradScaler | None) -> float | Non
 def refuse_step(problem: str, step: int, batches: Sequence[dict[str, Tensor]], folder: Path | None) -> UserError:
     """The error that ends the training; every rank calls this and writes its micro-batches to ``folder``, if any."""
     if folder is None:
-        return UserError(f"step {step}: {problem}; lower the learning rate, or take the text out")
+        return UserError(f"step {step}: {problem}; lower the learning rate, or remove that text")
     where = folder / f"step-{step}"
     with explained_disk_errors(where):
         where.mkdir(parents=True, exist_ok=True)
@@ -121,8 +121,8 @@ def refuse_step(problem: str, step: int, batches: Sequence[dict[str, Tensor]], f
         }
         save_file(tensors, where / f"rank-{rank()}.safetensors", metadata={"shoal": json.dumps({"step": step})})
     return UserError(
-        f"step {step}: {problem}; the step's batch is in {where}, a safetensors file of each rank. Lower "
-        "distill.trainer.learning_rate or max_grad_norm, or take the text out, and start again in another run_dir"
+        f"step {step}: {problem}. The batch is saved in {where}. Lower distill.trainer.learning_rate or "
+        "max_grad_norm, or remove that text from its source, and start again in another run_dir"
     )
 
 

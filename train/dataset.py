@@ -95,7 +95,7 @@ def rows_to_train_on(
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
     if is_main() and (num_tokens := rows * settings.sequence_length) > 1.1 * settings.num_tokens and not path.exists():
         log.info(
-            "distill.num_tokens: %s is rounded up to %s, whole optimizer steps of all ranks",
+            "distill.num_tokens: %s is rounded up to %s (whole optimizer steps of all ranks)",
             f"{settings.num_tokens:,}",
             f"{num_tokens:,}",
         )
@@ -137,7 +137,7 @@ def _pack(
     for name, count in rows.counts.items():
         if count["repeats"]:
             times = "once" if count["repeats"] == 1 else f"{count['repeats']} times"
-            log.info("%s is smaller than its share of the budget and is repeated %s", name, times)
+            log.info("%s is smaller than its share of the tokens and is repeated %s", name, times)
 
 
 class StepSampler(Sampler[int]):

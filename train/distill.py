@@ -98,13 +98,11 @@ def check_distillable(spec: TrainSpec) -> None:
         isinstance(term, CrossEntropy) and term.weight for term in settings.losses
     ):
         log.warning(
-            "distill.losses: cross_entropy also learns what the student itself writes (distill.on_policy), right or "
-            "wrong; give it to the sources that it is for"
+            "distill.losses: cross_entropy also trains on text that the student writes itself (distill.on_policy), "
+            "right or wrong; set it on single sources of distill.data instead"
         )
     if not set(settings.losses) & set(settings.terms) and settings.losses != Distill.losses:
-        log.warning(
-            "distill.losses: nothing is learnt by them, since every source of distill.data has losses of its own"
-        )
+        log.warning("distill.losses: has no effect, since every source of distill.data has losses of its own")
     if settings.lora is not None:
         settings.lora.require_packages()
     if settings.trainer.get("use_liger_kernel"):
@@ -139,7 +137,7 @@ def distill(
     heartbeat.start()
     known_by = checkpoint_inputs(spec.settings, inputs)
     resume = _last_complete(run_dir / "checkpoints", known_by)
-    with doing("working out what training takes"):
+    with doing("estimating what training takes"):
         mfu_per_rate = agreed(lambda: (size := check_fit(spec, run_dir)) and throughput.mfu_per_rate(size))
     tokenizer = spec.teacher.tokenizer()
     rows = rows_of(spec, tokenizer, home / "text", inputs)
@@ -194,7 +192,7 @@ def make_trainer(
     held = spec.deepspeed.weight_dtype
     if held.itemsize < spec.student.stored_dtype.itemsize:
         log.warning(
-            "the student's weights are stored in %s and held in %s: training begins with them rounded to that",
+            "the student's weights are stored in %s but trained in %s: training starts from rounded weights",
             *(str(dtype).removeprefix("torch.") for dtype in (spec.student.stored_dtype, held)),
         )
     # where it computes from the start, but for what DeepSpeed deals out or keeps on the host
@@ -283,7 +281,7 @@ def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume
     for name, count in rows.counts.items():
         log.info("  %s: %s", name, ", ".join(f"{value:,} {key}" for key, value in count.items()))
     if resume is not None:
-        log.info("going on from %s", resume)
+        log.info("resuming from %s", resume)
 
 
 def _write_results(
@@ -303,7 +301,7 @@ def _write_results(
     """
     student = trainer.objective.student
     settings: dict[str, Any] = {}
-    with doing("bringing the student's weights together"):
+    with doing("collecting the student's weights"):
         state = trainer.student_state()
     peak = torch.tensor(float(peak_memory()), device=device())
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)

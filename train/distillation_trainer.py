@@ -187,8 +187,9 @@ class DistillationTrainer(ObjectiveTrainer):
 def _refuse_unknown(further: Mapping[str, Any]) -> None:
     if unknown := next((name for name in further if name not in Further.__annotations__), None):
         raise UserError(
-            f"shoal.DistillationTrainer: {unknown}: is no argument besides {', '.join(Further.__annotations__)}; "
-            "settings of training, loss and data are those of args=shoal.DistillationConfig(...)"
+            f"shoal.DistillationTrainer: {unknown}: is an unknown argument; known are "
+            f"{', '.join(Further.__annotations__)}, and settings of training, loss and data belong in "
+            "args=shoal.DistillationConfig(...)"
         )
 
 
@@ -198,7 +199,7 @@ def _loaded(
     """Both models, loaded where they are named."""
     settings = None if args is None else setting(args, "teacher_model_init_kwargs")
     if settings and not isinstance(teacher, str):
-        raise UserError("args.teacher_model_init_kwargs: is for a teacher that is named; leave it out")
+        raise UserError("args.teacher_model_init_kwargs: applies only to a teacher given by name; remove it")
     student = as_model(model, dtype="float32", is_placed=False)
     return student, None if teacher is None else as_model(teacher, "teacher_model", is_placed=False, **settings or {})
 
@@ -231,7 +232,7 @@ def _make_ready(
     if trains:
         make_trainable(model, spec, seed=args.seed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("model: none of its weights asks for a gradient; set trainable, or call requires_grad_()")
+        raise UserError("model: no weight requires a gradient; set trainable, or call requires_grad_()")
     _warn_of_half_precision(model, args)
 
 
@@ -291,19 +292,19 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
         reads_drop = section.trainable not in ONLY_DEPTH or any(isinstance(t, HiddenStates) for t in section.terms)
         if reads_drop and kept != num_layers:
             raise UserError(
-                f"drop: trainable {section.trainable!r} or a loss on states has to know which of the teacher's "
-                f"{num_layers} layers the student lacks; give them, such as drop=plan.drop"
+                f"drop: trainable {section.trainable!r} or a loss on states needs the teacher's layers (of "
+                f"{num_layers}) that the student lacks; pass them, for example drop=plan.drop"
             )
         # nobody reads more of them than how many there are
         gone, width = tuple(range(kept, num_layers)), known_width(model, teacher or model)
         plan = Plan(Provenance({}), num_layers, gone, reason="not known", width=width)
     spec = replace(train_spec(original, student, plan, section, Ranks.here()), model=name_of(teacher or model))
     if spec.runs_teacher and teacher is None:
-        raise UserError("teacher_model: is missing, and the losses compare the student with one; give the teacher")
+        raise UserError("teacher_model: is missing, and the losses compare the student with a teacher; pass one")
     if (lora := section.lora) is not None and (lora.load_in_4bit or spec.deepspeed.stage == 3):
         raise UserError(
-            "peft_config: 4-bit weights and ZeRO 3 need the student's files to make plain weights of adapters; set "
-            "load_in_4bit: false and ZeRO 0 to 2, or give a whole recipe to shoal.run"
+            "peft_config: 4-bit weights and ZeRO 3 can only merge adapters with the student's files; set "
+            "load_in_4bit: false and ZeRO 0 to 2, or pass a complete recipe to shoal.run"
         )
     return spec
 
@@ -312,10 +313,10 @@ def _refuse_arguments(args: TrainingArguments) -> None:
     """Refuse training arguments that would be ignored or be wrong with this loss."""
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     wrong = {
-        "label_smoothing_factor": (args.label_smoothing_factor != 0, "the loss is `losses`; leave it out"),
+        "label_smoothing_factor": (args.label_smoothing_factor != 0, "the loss is `losses`; remove it"),
         "average_tokens_across_devices": (
             not args.average_tokens_across_devices,
-            "the loss is always averaged over the tokens of all ranks; leave it out",
+            "the loss is always averaged over the tokens of all ranks; remove it",
         ),
         "gradient_checkpointing_kwargs": (
             args.gradient_checkpointing and checkpointing.get("use_reentrant"),
@@ -351,7 +352,7 @@ def _warn_of_half_precision(model: PreTrainedModel, args: TrainingArguments) -> 
     config = resolved_deepspeed(args) or {}
     if halves and not any(config.get(section, {}).get("enabled") for section in ("bf16", "fp16")):
         log.warning(
-            "model: its weights are %s, in whose rounding steps at usual learning rates are lost; load it with "
+            "model: its weights are %s, which rounds away steps at usual learning rates; load it with "
             "dtype='float32', and set bf16=True for the speed",
             str(min(halves, key=str)).removeprefix("torch."),
         )
@@ -361,8 +362,8 @@ def _refuse_replaced(model: PreTrainedModel) -> None:
     for module in (model, output_head(model)):
         if getattr(module.forward, "__func__", None) is not type(module).forward:
             raise UserError(
-                f"model: the forward of its {type(module).__name__} is replaced, and the loss has to take that place; "
-                "load it without device_map, and leave out what patches it"
+                f"model: the forward of its {type(module).__name__} is replaced, and the loss needs that place; load "
+                "the model without device_map, and remove patches of this forward"
             )
 
 
@@ -372,6 +373,6 @@ def _refuse_shared(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.numel() and parameter.data_ptr() in places:
             raise UserError(
-                f"model: shares the weights of {name} with the teacher, which would be trained too; give a copy, such "
-                "as shoal.cut_model makes"
+                f"model: shares the weights of {name} with the teacher, so training would change both; pass a copy, "
+                "for example from shoal.cut_model"
             )

@@ -136,7 +136,7 @@ def _claim(rows: PackedRows, folder: Path, asked: RecordingManifest, wanted: Wan
     if other := "; ".join(wanted.missed_in(on_disk)) or _other_rows(rows, folder, on_disk, asked):
         if wanted.settings.path is not None:
             raise UserError(of_another_run(path, other))
-        log.warning("record: %s is made again: %s", folder, other)
+        log.warning("record: %s is recorded again: %s", folder, other)
         for file in folder.glob("shard-*.safetensors"):  # the manifest last: until then the folder is known as ours
             file.unlink()
         asked.save(path)
@@ -177,7 +177,7 @@ def _is_there(folder: Path, shard: range, on_disk: RecordingManifest, *, verify:
     is_whole = (is_listed and not verify) or file.is_intact()
     if not is_whole or file.recording != on_disk.provenance.fingerprint:
         path = folder / shard_name(index)
-        log.warning("%s: does not match its checksum, or is a part of another recording; recording it again", path)
+        log.warning("%s: does not match its checksum, or belongs to another recording; recording it again", path)
         return False
     return file.num_rows >= len(shard)  # fewer: it was the last one of a smaller budget
 
@@ -189,7 +189,7 @@ def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[r
         UserError: the disk has less room.
     """
     if not pending:
-        log.info("record: all %d shards are there and whole (%s)", num_shards, folder)
+        log.info("record: all %d shards are complete (%s)", num_shards, folder)
         return
     need = sum(layout.num_bytes(len(shard)) + HEADER_BYTES for shard in pending)
     free = shutil.disk_usage(folder).free
@@ -206,9 +206,9 @@ def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[r
     )
     if free < need:
         raise UserError(
-            f"{folder}: recording needs {bytes_text(need)} there and the disk has {bytes_text(free)} free; set "
-            "distill.teacher.path to a folder on a larger disk, lower distill.num_tokens or distill.teacher.top_k, or "
-            "do without distill.teacher.prefix and hidden_states in distill.losses"
+            f"{folder}: recording needs {bytes_text(need)}, and the disk has {bytes_text(free)} free; set "
+            "distill.teacher.path to a folder on a larger disk, lower distill.num_tokens or distill.teacher.top_k, "
+            "or remove distill.teacher.prefix and hidden_states in distill.losses"
         )
 
 

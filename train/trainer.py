@@ -274,7 +274,9 @@ class ObjectiveTrainer(Trainer):
         self._all_written = written == world_size()
         self._step_sums = self._zero_sums()
         if not num_items:
-            raise UserError(f"step {step}: its batch holds no supervised token; raise distill.batch_size")
+            raise UserError(
+                f"step {step}: no token of this batch is trained on (only prompts?); raise distill.batch_size"
+            )
         means = counts[: len(terms)]
         # of the step's supervised tokens those that a term learns from
         shares = [number / num_items for number in counts[len(terms) :]]
@@ -329,8 +331,8 @@ class ObjectiveTrainer(Trainer):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if num_training_steps == 1 and not any(scheduler.get_last_lr()) and is_main():
             log.warning(
-                "the training is one step, at which the warm-up begins with a rate of 0, so nothing is learnt; train "
-                "on more tokens (num_tokens), or set warmup_steps of the trainer to 0"
+                "the training has a single step, and its warm-up starts at a learning rate of 0, so nothing is "
+                "trained; raise num_tokens, or set warmup_steps of the trainer to 0"
             )
         return scheduler
 
@@ -352,7 +354,7 @@ class ObjectiveTrainer(Trainer):
         for name, kept in self._kept().items():
             file = Path(checkpoint) / name
             if not file.is_file():
-                raise UserError(f"{checkpoint}: holds no {name}; go on from a checkpoint of this trainer")
+                raise UserError(f"{checkpoint}: {name} is missing; resume from a checkpoint of this trainer")
             kept.load_state(json.loads(file.read_bytes()))
 
     def _kept(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def write_texts(
     barrier()
     if is_main():
         if not (place / TEXTS).exists():
-            records = each(_batches(place / BATCHES), "teacher text: choosing what to keep", unit="texts")
+            records = each(_batches(place / BATCHES), "teacher text: choosing which texts to keep", unit="texts")
             kept, counts = sifted(records, keep=how.keep)
             write_json(place / "inputs.json", identity)
             write_json(place / COUNTS, counts)
@@ -132,8 +132,7 @@ def _kept(place: Path, *, assistant_only: bool) -> list[Written]:
     if not records:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
         raise UserError(
-            f"distill.data: nothing that the teacher wrote can be kept ({reasons}); give other prompts or another "
-            "generate.temperature"
+            f"distill.data: none of the teacher's texts can be kept ({reasons}); change prompts or temperature"
         )
     texts = [Written(record["text"]) for record in records]
     for text, record in zip(texts, records, strict=True):
@@ -264,8 +263,8 @@ def _asked(source: TrainingSource, how: Generate, tokenizer: Any, *, num_tokens:
         answer = turns[said[-1]].get("content") if said else None
         if how.keep == "correct" and not (answer and isinstance(answer, str)):
             raise UserError(
-                f"data {chat.where}: the last assistant turn is no text to compare with (got {answer!r}); write its "
-                "content as one string, or set generate.keep: all"
+                f"data {chat.where}: the last assistant turn is not a text to compare with (got {answer!r}); write "
+                "its content as one string, or set generate.keep: all"
             )
         ids = tokenizer.apply_chat_template(before, tools=chat.tools, add_generation_prompt=True, return_dict=True)
         yield Prompt(list(ids["input_ids"]), before, answer)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -284,7 +283,7 @@ def _openings(source: TrainingSource, tokenizer: Any, *, length: int) -> list[li
     openings = [ids[:length] for ids in bare if len(ids) >= length]
     if not openings:
         raise UserError(
-            f"data {source.path!r}: no text has {length} tokens for the teacher to go on from; lower "
+            f"data {source.path!r}: no text has the {length} tokens that the teacher starts from; lower "
             "generate.prompt_tokens, or name other texts"
         )
     return openings
@@ -305,7 +304,7 @@ def _chosen(settings: Distill, source: TrainingSource, tokenizer: Any, *, seed: 
             f"{settings.sequence_length})"
         )
     if len(fitting) < len(prompts):
-        log.info("teacher text: %d prompts are empty or too long and were left out", len(prompts) - len(fitting))
+        log.info("teacher text: skipped %d prompts that are empty or too long", len(prompts) - len(fitting))
     prompts = fitting
     mean_tokens = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + how.max_new_tokens
     num_texts = math.ceil(num_tokens / mean_tokens)

@@ -86,8 +86,8 @@ def calibration_rows(
     rows = pack(sources, tokenizer, sequence_length=settings.sequence_length, num_tokens=num_tokens, seed=seed)
     if repeated := [name for name, counts in rows.counts.items() if counts.get("repeats")]:
         log.warning(
-            "measure.data: %s tokens are more than %s has, which is repeated: what is found rests on less text than it "
-            "says, and text that is held out was seen; name more text",
+            "measure.data: %s tokens are more than %s holds, so it is repeated: the fit rests on less text, and its "
+            "held-out part is not held out; name more text",
             *(f"{num_tokens:,}", ", ".join(repeated)),
         )
     return rows
@@ -98,7 +98,7 @@ def refuse_quantised(folder: Path, config: PreTrainedConfig, *, section: str) ->
     if without_quantization(config)[1]:
         raise UserError(
             f"{folder}: is quantised, and {section} changes weights of layers that stay; give the full-precision "
-            f"model, or leave {section} out"
+            f"model, or remove {section}"
         )
 
 
@@ -114,6 +114,6 @@ def in_words(needed: int, flop: float) -> str:
     """What needed_bytes found, whether it is there, and how long that takes on this device."""
     where = device()
     free, rate = device_memory(where), flops_per_second(where, named_dtype(fast_dtype(where).dtype) or torch.float32)
-    missing = "" if needed <= free else f", of which {bytes_text(free)} are free"
+    missing = "" if needed <= free else f" ({bytes_text(free)} free)"
     seconds = duration_text(flop / rate / SHARE)
-    return f"takes about {bytes_text(needed)} of memory{missing}, and about {seconds} where nothing else runs"
+    return f"takes about {bytes_text(needed)} of memory{missing}, and about {seconds} on an idle machine"

@@ -47,8 +47,7 @@ class Compensation:
         refuse_quantised(teacher.folder, teacher.config, section=COMPENSATE)
         if 0 in plan.drop:
             raise UserError(
-                f"{COMPENSATE}: layer 0 is dropped, and no layer below it is left whose weights could make up for it; "
-                f"keep it, or {LEAVE_OUT}"
+                f"{COMPENSATE}: layer 0 is dropped, so no layer below it can be corrected; keep it, or {LEAVE_OUT}"
             )
         return teacher
 

@@ -347,10 +347,10 @@ class _Fitting:
         helps = closed < divergence and FACTORS[0] <= fit.factor <= FACTORS[1]
         how = f"factor {fit.factor:.3f}{'' if fit.added_FD is None else ' and a correction'}"
         log.info(
-            "prune: gap of %s: %s; error of the state %.4f -> %.4f, divergence from the teacher %.4f -> %.4f nats a "
-            "token%s",
+            "prune: dropped block %s: %s; error of the state %.4f -> %.4f, divergence from the teacher %.4f -> %.4f "
+            "nats per token%s",
             *(where, how, error, error if fit is NONE else fit.error, divergence, closed),
-            "" if helps else ": it does not fall, so the gap stays as it was",
+            "" if helps else ": no improvement, so this block stays without correction",
         )
         if not helps:
             fit, closed, tensors = NONE, divergence, {}
@@ -385,8 +385,8 @@ class _Fitting:
     def _refuse_not_finite(self, where: str, *states: Tensor) -> None:
         if not all(bool(state_BSD.isfinite().all()) for state_BSD in states):
             raise UserError(
-                f"{COMPENSATE}: the states at {where} are not finite in {self.model.dtype}; look for damaged "
-                f"weights, or {LEAVE_OUT}"
+                f"{COMPENSATE}: the states at {where} are not finite in {self.model.dtype}; check the weights for "
+                f"damage, or {LEAVE_OUT}"
             )
 
     def _apply(
@@ -455,7 +455,7 @@ class _Fitting:
         hooked, folded = self._compared([self.probe], [[self.probe.student], [state_BSD]])
         if not math.isclose(hooked, folded, rel_tol=TOLERANCE, abs_tol=1e-4):
             raise UserError(
-                f"{COMPENSATE}: {self.model.config.model_type}: with the folded weights the divergence from the "
-                f"teacher is {folded:.5f} nats a token, and with factors in force {hooked:.5f}; shoal cannot fold into "
-                f"this family: {LEAVE_OUT}"
+                f"{COMPENSATE}: {self.model.config.model_type}: with folded weights the divergence from the teacher "
+                f"is {folded:.5f} nats per token, with explicit factors {hooked:.5f}; shoal cannot fold into this "
+                f"family: {LEAVE_OUT}"
             )

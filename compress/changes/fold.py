@@ -39,7 +39,7 @@ Tensors = dict[str, Tensor]
 
 COMPENSATE = "prune.changes.compensate"
 """Place in the recipe."""
-LEAVE_OUT = f"leave {COMPENSATE} out"
+LEAVE_OUT = f"remove {COMPENSATE}"
 REMEDY = f"set another {COMPENSATE}.method, or {LEAVE_OUT}"
 PROBE_FACTOR = 2.0
 """Exact in every number format, and far enough from 1 that a wrong fold shows."""
@@ -65,8 +65,8 @@ def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Te
         if same_states(got_BSD, after_BSD, after_BSD - hidden_BSD):
             return scaled(factor)
     raise UserError(
-        f"{COMPENSATE}: {where(model, layer)} does not read the residual stream through norms alone, or adds to it "
-        f"in a way that shoal does not know, so that no factor can be folded into its weights; {REMEDY}"
+        f"{COMPENSATE}: {where(model, layer)} does not read the residual stream only through norms, or adds to it in "
+        f"a way that shoal does not know, so no factor can be folded into its weights; {REMEDY}"
     )
 
 
@@ -136,8 +136,8 @@ class Correction:
                 moved_BSD = got_BSD.float() - after_BSD.float()
                 scale = float((moved_BSD * change_BSD).sum() / change_BSD.square().sum()) or 1.0
         raise UserError(
-            f"{COMPENSATE}: the MLP of {where(self._layerwise.model, self._layer)} does not write to the residual "
-            f"stream by linear maps that shoal knows, so that no correction can be folded into them; {REMEDY}"
+            f"{COMPENSATE}: the MLP of {where(self._layerwise.model, self._layer)} does not end in linear maps that "
+            f"shoal knows, so no correction can be folded into them; {REMEDY}"
         )
 
     def _added(self, added_FD: Tensor, output_dim: int) -> Tensors | None:
@@ -174,8 +174,8 @@ def refuse_sized_end(layerwise: Layerwise, prepared: Prepared, hidden_BSD: Tenso
     end_BSD = layerwise.finish(hidden_BSD, prepared)
     if not same_states(layerwise.finish(hidden_BSD / PROBE_FACTOR, prepared), end_BSD, end_BSD):
         raise UserError(
-            f"{COMPENSATE}: {layerwise.model.config.model_type} reads its last layer's state otherwise than "
-            f"through a norm, so that no factor can be folded into its weights; {REMEDY}"
+            f"{COMPENSATE}: {layerwise.model.config.model_type} does not read its last layer's state through a norm, "
+            f"so no factor can be folded into its weights; {REMEDY}"
         )
 
 

@@ -123,7 +123,7 @@ def sizes_of(folder: Path, config: PreTrainedConfig, width: KeptWidth) -> Sizes:
     for name, old in model.named_parameters():
         if not name.startswith(inside) and new[name].shape != old.shape:
             raise UserError(
-                f"{NARROW}: {name}, which is in no layer, would go from {list(old.shape)} to "
+                f"{NARROW}: {name}, which is not in a layer, would change from {list(old.shape)} to "
                 f"{list(new[name].shape)}; shoal cannot narrow the {text.model_type} family"
             )
     return Sizes(narrow_config, narrow, counts, maps, parts)
@@ -142,11 +142,11 @@ def _map(
     sizes = [reader.nx if isinstance(reader, Conv1D) else getattr(reader, "in_features", 0) for reader in readers]
     if not all(isinstance(reader, nn.Linear | Conv1D) for reader in readers):
         what = "mixes experts, or has its MLP" if half == "mlp" else "has its attention"
-        raise UserError(f"{setting}: {place} {what} write by other ways than one linear map; leave it out")
+        raise UserError(f"{setting}: {place} {what} write by other ways than one linear map; remove it")
     if sizes[0] % num_units or sizes[1] * num_units != sizes[0] * kept or (half == "mlp" and sizes[0] != num_units):
         raise UserError(
-            f"{setting}: {place} would read {sizes[1]} numbers of {kept} {UNITS[half]} where it reads {sizes[0]} of "
-            f"{num_units}: its configuration ties that size to others; leave it out"
+            f"{setting}: {place} would read {sizes[1]} numbers of {kept} {UNITS[half]}, not {sizes[0]} of "
+            f"{num_units}: its configuration ties that size to others; remove it"
         )
     return names.pop()
 
@@ -173,9 +173,9 @@ def _parts(
             ]
         if len(parts) != 1:
             raise UserError(
-                f"{NARROW}: {name} of {where(model, layer)} would go from {list(old.shape)} to "
-                f"{list(new[name].shape)}, and shoal does not know what of it belongs to which channel or head; leave "
-                f"{NARROW}{'' if half is None else '.' + SETTINGS[half]} out"
+                f"{NARROW}: {name} of {where(model, layer)} would change from {list(old.shape)} to "
+                f"{list(new[name].shape)}, and shoal does not know which part belongs to which channel or head; "
+                f"remove {NARROW}{('' if half is None else '.' + SETTINGS[half])}"
             )
         yield name, parts[0]
 

@@ -138,9 +138,7 @@ class Narrowing:
                         raise NotByCopy(f"{parameter} of layer {layer} is stored in {len(names)} pieces")
                     places[layer][parameter] = files[names[0]], stored[names[0]], part
         except NotByCopy as reason:
-            raise UserError(
-                f"{teacher.folder}: cannot be narrowed file by file: {reason}; leave {NARROW} out"
-            ) from reason
+            raise UserError(f"{teacher.folder}: cannot be narrowed file by file: {reason}; remove {NARROW}") from reason
         return places
 
 
@@ -196,8 +194,8 @@ def _largest(source: Source, layer: int, reader: Any, sums_UKK: Tensor, count: i
         scores_U = ((columns_UKD @ columns_UKD.mT).double() * sums_UKK).sum((1, 2))
     if not scores_U.isfinite().all():
         raise UserError(
-            f"{NARROW}: the states of {where(source.model, layer)} are not finite in {source.model.dtype}; look for "
-            f"damaged weights, or leave {NARROW} out"
+            f"{NARROW}: the states of {where(source.model, layer)} are not finite in {source.model.dtype}; check the "
+            f"weights for damage, or remove {NARROW}"
         )
     return tuple(sorted(scores_U.argsort(descending=True, stable=True)[:count].tolist()))
 
@@ -212,13 +210,13 @@ def _refuse_another_layer(source: Source, own: Sizes, layer: int, units: Units, 
     put_tensors(narrow, tensors)
     with own.masked(source.model, {layer: units}):
         expected_BSD = source.layerwise.run(layer, hidden_BSD, call)
-    problem = "gives another state than itself with zeros in the places of what goes"
+    problem = "gives another state than the layer with zeros in the removed places"
     try:
         if same_states(call.of(narrow, hidden_BSD.clone()), expected_BSD, expected_BSD - hidden_BSD):
             return
     except RuntimeError as error:  # sizes that do not fit each other
         problem = f"cannot be run ({str(error).splitlines()[0]})"
-    raise UserError(f"{NARROW}: {where(source.model, layer)}, narrowed, {problem}; leave {NARROW} out")
+    raise UserError(f"{NARROW}: {where(source.model, layer)}, narrowed, {problem}; remove {NARROW}")
 
 
 def units_of(width: KeptWidth, keep: Sequence[int]) -> dict[int, Units]:

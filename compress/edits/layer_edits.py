@@ -124,9 +124,9 @@ def refuse_states_without_positions(model: PreTrainedModel) -> None:
         model(input_ids=ids_1S, use_cache=False)
     if strange := next((shape for shape in shapes if shape[:2] != ids_1S.shape), None):
         raise UserError(
-            f"{text_config(model.config).model_type}: its layers hand on a state of shape {tuple(strange)} for "
-            f"{ids_1S.shape[1]} tokens of one row, in which single positions cannot be skipped; leave skip_prompt and "
-            "skip_written out of measure.sweep.operators"
+            f"{text_config(model.config).model_type}: its layers pass on a state of shape {tuple(strange)} for "
+            f"{ids_1S.shape[1]} tokens of one row, so single positions cannot be skipped; remove skip_prompt and "
+            "skip_written from measure.sweep.operators"
         )
 
 
@@ -208,7 +208,7 @@ def checked(indices: Sequence[int], count: int, what: str) -> None:
     """Nothing, if all of ``indices`` are among ``count``; messages call one ``what``."""
     for index in indices:
         if not 0 <= index < count:
-            raise UserError(f"{what} {index}: is out of range; there are 0..{count - 1}")
+            raise UserError(f"{what} {index}: is out of range; the indices are 0 to {count - 1}")
 
 
 def heads_of_groups(model: PreTrainedModel, layer: int, groups: Sequence[int]) -> list[int]:

@@ -327,20 +327,20 @@ def _refusal(
         return f"{place}: shoal does not know where this architecture keeps attention and MLP; drop whole layers"
     if not halves.attention or not halves.mlp:
         only = (halves.attention or halves.mlp)[0]
-        return f"{place}: is one sublayer only ({only}); silencing it is dropping the layer, so name it in prune.drop"
+        return f"{place}: has only one sublayer ({only}), so silencing it drops the layer; name the layer in prune.drop"
     if family(text_config(model.config).model_type).changed_residual:
         return ""
     # in all other families a layer that changes its input then has something that shoal does not know
     if not silent.unchanged(index):
         return (
             f"{place}: changes its input even with {', '.join(halves.attention + halves.mlp)} silenced (a bias after "
-            "them, or a part that shoal does not know), so that a half cannot be taken out exactly; drop whole layers"
+            "them, or a part that shoal does not know), so a half cannot be removed exactly; drop whole layers"
         )
     for half, other, trace in (("MLP", "attention", no_mlp), ("attention", "MLP", no_attention)):
         if index in trace.adding and trace.unchanged(index):
             return (
-                f"{place}: what shoal takes for its {half} holds a part of its {other}, so that a half cannot be "
-                "taken out exactly; drop whole layers"
+                f"{place}: the module that shoal takes for its {half} holds a part of its {other}, so a half cannot "
+                "be removed exactly; drop whole layers"
             )
     return ""
 
@@ -353,8 +353,8 @@ def _mixing(model: PreTrainedModel, index: int, first: _Trace, second: _Trace) -
     before = _distance(first.input_BSD, second.input_BSD)
     if before <= tolerance < _distance(first.returned_BSD[index], second.returned_BSD[index]):
         return (
-            f"{where(model, index)}: mixes tokens outside of what shoal takes for its attention, so that half cannot "
-            "be taken out exactly; drop whole layers"
+            f"{where(model, index)}: mixes tokens outside of the module that shoal takes for its attention, so a "
+            "half cannot be removed exactly; drop whole layers"
         )
     return ""
 
@@ -371,9 +371,9 @@ def _heads(model: PreTrainedModel, index: int, halves: Sublayers, silent: _Trace
     num_heads, contexts = silent.num_heads.get(index, 0), silent.contexts.get(index, {})
     if not num_heads:
         how = "attn_implementation: sdpa or eager show them"
-        return {"head_refusal": f"{place}: shows no heads of softmax attention ({how})"}
+        return {"head_refusal": f"{place}: the heads of softmax attention are not visible ({how})"}
     if not contexts:
-        return {"head_refusal": f"{place}: has no linear output projection that shoal knows over its heads"}
+        return {"head_refusal": f"{place}: has no linear output projection over its heads that shoal knows"}
     followed = [name for name in contexts if _followed(contexts[name], scaled.contexts[index][name], num_heads)]
     if len(followed) != 1:
         return {"head_refusal": f"{place}: mixes its heads before the output projection, so none can be masked alone"}

@@ -91,7 +91,7 @@ def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
     places = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     for name, tensor in tensors.items():
         old = places[name]
-        assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), f"{name} is another layer's"
+        assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), f"{name} belongs to another layer"
     for name, tensor in tensors.items():
         old, (owner, _, leaf) = places[name], name.rpartition(".")
         if isinstance(old, nn.Parameter) and not isinstance(tensor, nn.Parameter):
@@ -104,7 +104,7 @@ def check_run(model: PreTrainedModel, start: int, length: int) -> range:
     """The indices of ``length`` layers from ``start`` on."""
     last = len(decoder_layers(model)) - 1
     if length < 1 or start < 0 or start + length - 1 > last:
-        raise UserError(f"layers {start}..{start + length - 1}: this model's layers are 0..{last}; name only these")
+        raise UserError(f"layers {start}..{start + length - 1}: this model has the layers 0 to {last}; name only these")
     return range(start, start + length)
 
 
@@ -118,8 +118,8 @@ def refuse_different_kinds(model: PreTrainedModel, layers: Sequence[int]) -> Non
         for trait in sorted(expected.keys() | traits.keys(), key=lambda name: (name.count("."), name)):
             if expected.get(trait) != traits.get(trait):
                 raise UserError(
-                    f"layers {first} and {layer} are of different kinds: {trait} is {expected.get(trait)!r} in one and "
-                    f"{traits.get(trait)!r} in the other; only layers of one kind can stand for each other"
+                    f"layers {first} and {layer} are of different kinds: {trait} is {expected.get(trait)!r} in one "
+                    f"and {traits.get(trait)!r} in the other; choose layers of one kind"
                 )
 
 
@@ -137,8 +137,8 @@ def refuse_shared_parameters(model: PreTrainedModel, layer: int) -> None:
     inside = len(list(decoder_layers(model)[layer].named_parameters(remove_duplicate=False)))
     if total > inside:
         raise UserError(
-            f"layer {layer}: shares parameters with other layers of this {model.config.model_type} model, "
-            "so it cannot get tensors of its own; choose other layers"
+            f"layer {layer}: shares parameters with other layers of this {model.config.model_type} model, so it "
+            "cannot have tensors of its own; choose other layers"
         )
 
 
@@ -187,4 +187,4 @@ def refuse_overflow(sums: Mapping[str, Tensor]) -> None:
     are_finite = torch.stack([tensor.isfinite().all() for tensor in sums.values()]).tolist()
     for (where, tensor), is_finite in zip(sums.items(), are_finite, strict=True):
         if not is_finite:
-            raise UserError(f"{where} is not finite in {tensor.dtype}; take factors nearer to 0..1, or fewer layers")
+            raise UserError(f"{where} is not finite in {tensor.dtype}; choose factors nearer to 0..1, or fewer layers")

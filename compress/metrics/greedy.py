@@ -55,10 +55,7 @@ def greedy_order(
     remaining = list(components)
     count = len(remaining) - 1 if num_removals is None else num_removals
     if not 0 < count <= len(remaining):
-        raise UserError(
-            f"{name}: {count} removals are asked for, but there are {len(remaining)} units that may go; ask for at "
-            "least 1 and at most as many as there are"
-        )
+        raise UserError(f"{name}: {count} removals are requested, but 1 to {len(remaining)} are possible")
     order: list[Removal] = []
     for number in range(count):
         gone = [removal.unit for removal in order]

@@ -293,8 +293,8 @@ def refuse_other_states(model: PreTrainedModel) -> None:
     def after(layer: int, _: Any, __: Any, output: Any) -> None:
         if (shape := state_of(output).shape)[:-1] != ids_1S.shape:
             raise UserError(
-                f"measure: layer {layer} works on states of shape {tuple(shape)}, not one vector per token; metrics of "
-                "hidden states are not defined for this architecture: use metrics of loss or weights"
+                f"measure: layer {layer} works on states of shape {tuple(shape)}, not one vector per token; metrics "
+                "of hidden states do not exist for this architecture: use metrics of loss or weights"
             )
 
     with probing(model), watched(decoder_layers(model), after=after):

@@ -101,7 +101,7 @@ class BlockPruner(Sleb):
     def refuse(cls, model: PreTrainedModel, name: str) -> None:
         for half in cls.units(model):
             if refusal := sublayers(model)[half.layers[0]].refusal:
-                raise UserError(f"measure.metrics: {name}: {refusal}; here use sleb, which removes whole layers")
+                raise UserError(f"measure.metrics: {name}: {refusal}; use sleb, which removes whole layers")
 
     @classmethod
     def units(cls, model: PreTrainedModel) -> tuple[Component, ...]:
@@ -116,7 +116,7 @@ class _OfSubnetworks(LossMetric):
     @classmethod
     def refuse(cls, model: PreTrainedModel, name: str) -> None:
         if len(decoder_layers(model)) == 1:
-            raise UserError(f"measure.metrics: {name} compares layers, and this model has one; leave it out")
+            raise UserError(f"measure.metrics: {name} compares layers, and this model has only one; remove it")
 
 
 class PresentAbsent(_OfSubnetworks):
@@ -152,8 +152,7 @@ class LocalShapley(_OfSubnetworks):
         intact = losses([INTACT])[0]
         if -intact <= chance:
             log.warning(
-                "%s: the teacher's loss, %.4g nats per token, is not below that of guessing (%.4g); no walk is cut "
-                "short there",
+                "%s: the teacher's loss, %.4g nats per token, is not below guessing (%.4g); no walk is cut short there",
                 name,
                 intact,
                 -chance,

@@ -138,5 +138,5 @@ def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype:
         raise UserError(
             f"measure: {fault_text} is not finite (NaN or infinite) in batch {batch}{whose} (row {row} of the "
             f"calibration data): the model computes in {dtype}, which may overflow; set dtype: bfloat16 or dtype: "
-            "float32 in the recipe. If it is no overflow, the weights are damaged: download the model again"
+            "float32 in the recipe. If that does not help, the weights are damaged: download the model again"
         )

@@ -106,8 +106,7 @@ class LacoAcceptance(_OfWeights):
     def refuse(cls, model: PreTrainedModel, name: str) -> None:
         if not any(_is_of_one_kind(model, start, 1) for start in range(len(decoder_layers(model)) - 1)):
             raise UserError(
-                f"measure: {name} merges neighbouring layers, and no two of this model are of one kind; take it out of "
-                "measure.metrics"
+                f"measure: {name} merges neighbouring layers of one kind, and this model has none; remove it"
             )
         super().refuse(model, name)
 
@@ -143,7 +142,7 @@ def plain_matrices(model: PreTrainedModel, name: str) -> Matrices:
         UserError: quantised weights, of which the metric ``name`` says nothing.
     """
     layers, prefix = decoder_layers(model), anatomy(model).layers_name
-    signs = ["config.json says so"] if without_quantization(model.config)[1] else []
+    signs = ["according to config.json"] if without_quantization(model.config)[1] else []
     for index, layer in enumerate(layers):
         for own, parameter in layer.named_parameters():
             if parameter.dtype not in PLAIN_DTYPES:
@@ -256,9 +255,7 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
     texts = [document.tokens[:TEXT_LENGTH] for document in documents]
     original = _final_states(model, texts)
     if not torch.cat(original).isfinite().all():
-        raise UserError(
-            f"measure: the final hidden states are not finite in {model.dtype}; set dtype: bfloat16 or dtype: float32"
-        )
+        raise UserError(f"measure: the final hidden states are not finite in {model.dtype}; set dtype: float32")
     longest = min(calibration.num_drop or LONGEST_RUN, num_layers - 1)
     runs = [(start, length) for length in range(1, longest + 1) for start in range(num_layers - length)]
     possible = [run for run in runs if _is_of_one_kind(model, *run)]

@@ -93,15 +93,15 @@ def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
     if value in (0, 1) or all((old - new) % value == 0 for new, old in enumerate(keep)):
         return value
     raise UserError(
-        f"config.{field}={value}: says that one layer in {value} is special, and this plan would shift which one; drop "
-        f"layers in aligned groups of {value}"
+        f"config.{field}={value}: one layer in {value} is special in this model, and this plan would move that "
+        f"pattern; drop aligned groups of {value} layers, for example 0 to {value - 1}"
     )
 
 
 def refuse(field: str, value: Any, _: Sequence[int]) -> Any:
     """Raise the UserError that says what a cut cannot express and why."""
     raise UserError(
-        f"config.{field}={value!r}: ties layers to each other in a way that shoal cannot cut here; choose other "
+        f"config.{field}={value!r}: this setting ties layers to each other, and shoal cannot cut it; choose other "
         "layers, or another model"
     )
 
@@ -209,8 +209,8 @@ def _refuse_lost_sources(field: str, what: str, sources: dict[int, int], keep: S
     for layer, source in sources.items():
         if source not in keep:
             raise UserError(
-                f"config.{field}: layer {layer} {what} of layer {source}, which these cuts drop; keep layer "
-                f"{source}, or drop all that read from it"
+                f"config.{field}: layer {layer} {what} of layer {source}, which this plan drops; keep layer "
+                f"{source}, or drop all layers that read from it"
             )
 
 
@@ -332,8 +332,8 @@ def _refuse_moved_features(config: PreTrainedConfig, keep: Sequence[int]) -> Non
     fed = deepstack_layers(config)
     if tuple(keep[: len(fed)]) != fed:
         raise UserError(
-            f"drop: features of the image are added behind the layers 0 to {fed[-1]} of {config.model_type} "
-            f"(deepstack_visual_indexes); keep these {len(fed)} layers as they are"
+            f"drop: {config.model_type} adds features of the image after the layers 0 to {fed[-1]} "
+            f"(deepstack_visual_indexes); keep these {len(fed)} layers"
         )
 
 
@@ -363,7 +363,7 @@ def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str
     except (ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"config: {text.model_type} does not allow what these cuts would leave: {reason}; drop other layers"
+            f"config: {text.model_type} does not allow the layers that this plan keeps: {reason}; drop other layers"
         ) from error
     # loading details that are no part of the saved file
     rebuilt._attn_implementation = text._attn_implementation
@@ -393,8 +393,8 @@ def _refuse_unknown_lists(config: PreTrainedConfig, values: dict[str, Any], num_
         lists |= outer
     if unknown:
         raise UserError(
-            f"config.{unknown[0]}: is about layers ({len(lists[unknown[0]])} entries, {num_layers} layers) in a way "
-            "that shoal does not know; add it to FIELDS in compress/surgery/config_cut.py"
+            f"config.{unknown[0]}: has an entry for every layer ({len(lists[unknown[0]])} entries, {num_layers} "
+            "layers), and shoal does not know its meaning; add it to FIELDS in compress/surgery/config_cut.py"
         )
 
 
@@ -406,13 +406,13 @@ def _refuse_useless_cache(config: PreTrainedConfig, student: PreTrainedConfig, k
     by_first = family(text.model_type).measured_by_first and kinds[0] == "full_attention" != kinds[keep[0]]
     if by_first or keep[0] in (getattr(text, "cross_attention_layers", None) or ()):
         problem = (
-            f"layer {keep[0]} would come first, by which transformers measures the cached text of {text.model_type}, "
-            "and it caches none; keep a layer of full attention before it"
+            f"layer {keep[0]} would come first and keeps no cache, but transformers measures the cached text of "
+            f"{text.model_type} by the first layer; keep a layer of full attention before it"
         )
     elif before - WITHOUT_KV_CACHE and not after - WITHOUT_KV_CACHE:
         problem = (
-            f"leaves only {' and '.join(sorted(after))} layers; transformers cannot generate with a cache then: keep "
-            f"one layer of {' or '.join(sorted(before - WITHOUT_KV_CACHE))}"
+            f"leaves only {' and '.join(sorted(after))} layers, and transformers cannot generate with a cache "
+            f"from these; keep one layer of {' or '.join(sorted(before - WITHOUT_KV_CACHE))}"
         )
     else:
         return
@@ -431,6 +431,6 @@ def refuse_wrong_entries(before: PreTrainedConfig, after: PreTrainedConfig, keep
         found = getattr(after, field, None)
         if (list(found or ()) if isinstance(entries, list) else found) != entries:
             raise UserError(
-                f"config.{field}: reads {found} after a reload, which is not what the kept layers had; "
-                f"shoal cannot cut these layers of the {before.model_type} family"
+                f"config.{field}: is {found} after a reload, not the value of the kept layers; shoal cannot cut "
+                f"these layers of the {before.model_type} family"
             )

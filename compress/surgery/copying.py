@@ -92,7 +92,7 @@ def planned_copy(
     }
     shards = new_shards(teacher.shards, names)
     log.info(
-        "prune: copying %s of %s as they are stored, without building the model",
+        "prune: copying %s of %s unchanged, without building the model",
         *(bytes_text(sum(shard.num_bytes for shard in some)) for some in (shards, teacher.shards)),
     )
     return Copy(teacher, config, shards, side_files)
@@ -101,7 +101,7 @@ def planned_copy(
 def write_copy(copy: Copy, folder: Path, changed: Changed) -> None:
     """Write ``copy`` to ``folder``, with other bytes for what is ``changed``, and read it back."""
     write_shards(copy.shards, folder, changed)
-    with doing("prune: reading back what was copied"):
+    with doing("prune: reading the copied files back"):
         compare_shards(copy.shards, folder, changed)
     copy.config.save_pretrained(folder)
     for name, content in copy.side_files.items():

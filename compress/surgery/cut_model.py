@@ -104,8 +104,8 @@ def _fill(student: PreTrainedModel, teacher: PreTrainedModel, keep: Sequence[int
         shape = getattr(module, leaf).shape
         if old.shape != shape:
             raise UserError(
-                f"{teacher_name}: has shape {tuple(old.shape)} but the student needs {tuple(shape)}; "
-                f"shoal cannot cut the {teacher.config.model_type} family yet"
+                f"{teacher_name}: shoal cannot cut {teacher.config.model_type} models yet: the tensor has shape "
+                f"{tuple(old.shape)} but the student needs {tuple(shape)}; please report this"
             )
         tensor = old if share else old.clone()
         if leaf in module._parameters:
@@ -131,8 +131,8 @@ def _refuse_unmatched(
     for unmatched, text in ((missing, "the student needs but the teacher lacks"), (unused, "would be lost in the cut")):
         if unmatched:
             raise UserError(
-                f"{unmatched[0]}: a tensor that {text} ({len(unmatched)} in all); "
-                f"shoal cannot cut the {teacher.config.model_type} family yet"
+                f"{unmatched[0]}: shoal cannot cut {teacher.config.model_type} models yet: a tensor that {text} "
+                f"({len(unmatched)} in all); please report this"
             )
 
 
@@ -150,7 +150,7 @@ def refuse_changed_layers(teacher: PreTrainedModel, student: PreTrainedModel, ke
             if old.get(trait) != new.get(trait) and not re.fullmatch(may_differ, trait):
                 raise UserError(
                     f"layer {old_index}: its {trait} is {old.get(trait)!r} but would become {new.get(trait)!r} as "
-                    f"layer {new_index} of the student; this architecture cannot express the cut, choose other layers"
+                    f"layer {new_index} of the student; this architecture cannot express that, choose other layers"
                 )
 
 

@@ -41,7 +41,7 @@ def kept_width(config: PreTrainedConfig, settings: Width) -> KeptWidth:
     reason = "its layers have sizes of their own" if getattr(text, "is_heterogeneous", False) else ""
     width = KeptWidth(None if reason else _channels(text, settings.intermediate_size), settings.num_key_value_heads)
     if reason := reason or _refusal(config, width):
-        raise UserError(f"{NARROW}: {text.model_type} does not allow {width.in_words()}: {reason}; leave it out")
+        raise UserError(f"{NARROW}: {text.model_type} does not allow {width.in_words()}: {reason}; remove it")
     return width
 
 
@@ -83,8 +83,8 @@ def _number(text: Any, fields: Sequence[str], setting: str) -> tuple[str, int]:
         if isinstance(value := getattr(text, field, None), int):
             return field, value
     raise UserError(
-        f"{NARROW}.{setting}: config.{fields[0]} of {text.model_type} is {getattr(text, fields[0], None)!r}, "
-        "which is not one number for all layers; leave it out"
+        f"{NARROW}.{setting}: config.{fields[0]} of {text.model_type} is {getattr(text, fields[0], None)!r}, not one "
+        "number for all layers; remove it"
     )
 
 
@@ -97,8 +97,8 @@ def _channels(text: Any, asked: float | None) -> int | None:
     if not 0 < count <= whole or count % multiple:
         nearest = min(whole, max(multiple, round(asked * (whole if asked < 1 else 1) / multiple) * multiple))
         raise UserError(
-            f"{NARROW}.intermediate_size: {asked} of {whole:,} channels would leave {count:,}, and kernels that "
-            f"take this model need a multiple of {multiple} up to {whole:,}; give {nearest}"
+            f"{NARROW}.intermediate_size: {asked} of {whole:,} channels would leave {count:,}, but kernels for this "
+            f"model need a multiple of {multiple} up to {whole:,}; give {nearest}"
         )
     return count
 

@@ -150,7 +150,7 @@ def why_not_run(config: PreTrainedConfig, shards: Sequence[Shard]) -> str:
     """Why the model of these files cannot run on this machine; empty where nothing speaks against it."""
     quantisation = without_quantization(config)[1]
     if quantisation and torch.accelerator.is_available():
-        return "its quantised weights run on the accelerator, and proofs run on the CPU"
+        return "its quantised weights run only on the accelerator, and this check runs on the CPU"
     for settings in quantisation.values():
         try:
             AutoHfQuantizer.from_config(dict(settings)).validate_environment(device_map=None)
@@ -173,4 +173,4 @@ def memory_shortage(shards: Sequence[Shard], *, in_float32: bool = False) -> str
     needed, available = int(MEMORY_MARGIN * unpacked), available_memory()
     if needed <= available:
         return ""
-    return f"running the model takes {bytes_text(needed)} of memory and {bytes_text(available)} are free"
+    return f"running the model takes {bytes_text(needed)} of memory, and {bytes_text(available)} are free"

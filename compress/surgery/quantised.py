@@ -116,8 +116,8 @@ def _refuse_other_meaning(text: str, keep: Sequence[int], names: LayerNames, whe
                 before, after = (f"{prefix}{layer}{'.' if module else ''}{module}" for layer in (old, new))
                 if _matches(text, before) != _matches(text, after):
                     raise UserError(
-                        f"{where}: {text!r} names layers by number: it treats {before} otherwise than {after}, which "
-                        "that module would become. Write the full names of the modules one by one, and cut again"
+                        f"{where}: {text!r} names layers by number and treats {before} differently from {after}, its "
+                        "new place. Write the full names of the modules one by one, and prune again"
                     )
 
 

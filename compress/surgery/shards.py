@@ -102,8 +102,8 @@ def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed) -> 
         log.info("copy: %s of %s were copied before", bytes_text(total - rest), bytes_text(total))
     if total > (room := _room(folder)):  # of all shards: what is there already counts as room too
         raise UserError(
-            f"{folder.parent}: the disk is full: the student needs {bytes_text(total)} and there is room for "
-            f"{bytes_text(room)}; free some space or set run_dir to another disk, then run the same command again"
+            f"{folder.parent}: the disk is full: the student needs {bytes_text(total)}, and {bytes_text(room)} are "
+            "free; free some space or set run_dir to another disk, then run the same command again"
         )
     with progress("prune: copying", total=rest, unit=BYTES) as step, ThreadPoolExecutor(1) as flusher:
         flushes: list[Future[None]] = []
@@ -136,8 +136,8 @@ def compare_shards(shards: Sequence[NewShard], folder: Path, changed: Changed) -
                     else _same(old, new, source.fileno(), target.fileno())
                 ):
                     raise UserError(
-                        f"{written.file}: {new_name} is not what {old_name} is in {shard.source.file}; the disk lost "
-                        "bytes, or the source changed while it was copied: run the same command again"
+                        f"{written.file}: {new_name} differs from {old_name} in {shard.source.file}; the disk lost "
+                        "bytes, or the source changed during the copy: run the same command again"
                     )
 
 
@@ -199,8 +199,8 @@ def _write(shard: NewShard, target: Path, advance: Callable[[int], object]) -> N
                 moved = os.sendfile(handle.fileno(), source.fileno(), start, min(end - start, STEP_BYTES))
                 if not moved:
                     raise UserError(
-                        f"{shard.source.file}: ends at byte {start:,}, but its header speaks of {end:,}: it changed "
-                        "while it was copied; make or download it again"
+                        f"{shard.source.file}: ends at byte {start:,}, but its header needs {end:,}: it changed "
+                        "during the copy; create or download it again"
                     )
                 advance(moved)
                 start += moved

@@ -130,7 +130,7 @@ def student_names(names: Iterable[str], *, prefix: str, num_layers: int, keep: S
             kept[name] = f"{prefix}{new_index[layer]}.{rest}"
     if extra:
         log.warning(
-            "prune: %d tensors after the last layer (%s, ...) are dropped: they predict further tokens from the "
+            "prune: drops %d tensors after the last layer (%s, ...): multi-token prediction, which depends on the "
             "teacher's states",
             len(extra),
             extra[0],

@@ -48,7 +48,7 @@ def read_teacher(folder: Path, *, trust_remote_code: bool = False) -> Teacher:
         module = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", module)
     if not module.startswith("transformers."):
         raise UserError(
-            f"{folder}: is built by code that came with it ({module}); the cut could not be loaded without that "
-            "code, so shoal cuts only architectures that transformers has: give another model"
+            f"{folder}: needs code that came with it ({module}); without that code the student could not be loaded, "
+            "so shoal cuts only architectures that are part of transformers: give another model"
         )
     return Teacher(folder, config, read_shards(folder), trust_remote_code)

@@ -51,7 +51,7 @@ def atlas_of(
 ) -> Atlas:
     """The atlas from the table of single layers and what that was computed from (table_of)."""
     if not columns:
-        raise UserError("sweep: no task was scored, so there is no atlas; name some in measure.sweep.tasks")
+        raise UserError("sweep: no task was scored; name tasks in measure.sweep.tasks")
     gaps, notes = protocol_gaps(columns)
     return Atlas(
         sweep=sweep,
@@ -81,8 +81,8 @@ def cornerstones(sweep: Sweep) -> tuple[int, ...]:
     columns = list(sweep.columns)
     if all(column.no_share for column in columns):
         raise UserError(
-            "prune.protect: cornerstone needs a task on which the teacher is clearly above chance, but the sweep has "
-            "none; add one to measure.sweep.tasks, or name the layers to protect"
+            "prune.protect: cornerstone needs a task on which the teacher is clearly above chance, and the ablation "
+            "has none; add one to measure.sweep.tasks, or name the layers to protect"
         )
     return tuple(
         position

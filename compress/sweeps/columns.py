@@ -33,8 +33,9 @@ def layer_scores(name: str, importance: Importance, *, setting: str) -> tuple[fl
     columns = swept_columns(name, importance)
     if len(columns) > 1:
         raise UserError(
-            f"{setting}: {name} could be {' or '.join(column.task for column in columns)} (importance.json has them "
-            "all); name one, or mix them: a mapping of columns to weights"
+            f"{setting}: {name} is ambiguous: importance.json has "
+            f"{' and '.join(column.task for column in columns)}; name one, or mix them: a mapping of metrics to "
+            "weights"
         )
     if not columns:
         raise unknown(name, importance, setting)
@@ -85,7 +86,7 @@ def _positions(name: str, order: Sequence[Removal], num_layers: int, setting: st
         if removal.unit.part != "layer":
             raise UserError(
                 f"{setting}: {name} is an order of {removal.unit.part} units, which has no scores of layers; name "
-                "another column"
+                "another metric"
             )
         for layer in removal.unit.layers:
             scores[layer] = float(position)
@@ -121,12 +122,12 @@ def is_loss(column: SweepColumn, change: Estimate) -> bool:
 def expected_sacrifice(importance: Importance, drop: Sequence[int]) -> tuple[str, ...]:
     """Lines for a reader: what dropping these layers is expected to cost on every swept task."""
     if importance.atlas is None:
-        return ("what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",)
+        return ("expected loss: unknown, because importance.json holds no ablation (measure.sweep.tasks)",)
     if not drop:
         return ()
     head = (
-        "expected sacrifice before any distillation, added up over removals of single layers (a rough guess and rather "
-        "too low, since layers that stand in for each other each look free):"
+        "expected loss before distillation, added up over single removals (a rough guess, usually too low, because "
+        "layers that replace each other each look free):"
     )
     return (head, *(_line(column, drop) for column in importance.atlas.columns))
 

@@ -68,8 +68,8 @@ def sweep(
     answered_by = fingerprint([identity, *made_by, [repr(variant.edits) for variant in everything]])
     lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)
     if len(lm.items):
-        log.info("sweep: goes on from %d requests that are answered already", len(lm.items))
-    log.info("sweep: %d variants on %s", len(variants), in_words(tasks, settings))
+        log.info("ablation: resuming; %d requests are answered already", len(lm.items))
+    log.info("ablation: %d variants on %s", len(variants), in_words(tasks, settings))
     scores_of_all: list[tuple[TaskScore, ...]] = []
     for number in each(range(len(everything)), "sweep: scored", unit="variants"):
         lm.current = number  # after the first one all answers are known
@@ -135,9 +135,8 @@ class VariantsLM(CausalLM):
         for variant, scores in zip(self._variants, by_variant, strict=True):
             if any(math.isnan(log_prob) for log_prob, _ in scores):
                 raise UserError(
-                    f"measure.sweep: {variant.name}: the model's likelihoods are no numbers then, in "
-                    f"{self._edited.model.dtype}; set dtype: float32 (or bfloat16) in the recipe, or look for damaged "
-                    "weights"
+                    f"measure.sweep: {variant.name}: the model's likelihoods are NaN in {self._edited.model.dtype}; "
+                    "set dtype: float32 (or bfloat16) in the recipe, or check the weights for damage"
                 )
 
     def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:

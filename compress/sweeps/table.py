@@ -89,17 +89,17 @@ def require_items(task: str, n: int, num_components: int, *, weights: Sequence[f
     need, effective = needed_items(num_components), effective_n(np.asarray(weights or [1.0] * n, dtype=np.float64))
     if n < need:
         problem = (
-            f"has {n} items, but over {num_components} removals no interval and no test can show an effect with fewer "
-            f"than {need}; raise measure.sweep.limit"
+            f"has {n} items, but for {num_components} removals an interval or a test needs at least {need} to show "
+            "an effect; raise measure.sweep.limit"
         )
     elif effective < LEAST_ITEMS:
         problem = (
-            f"its {n} items are of so unequal weight that they are worth {effective:.1f} equal ones, of which an "
-            f"interval needs {LEAST_ITEMS}; raise measure.sweep.limit"
+            f"its {n} items differ so much in weight that they are worth {effective:.1f} equal ones, but an interval "
+            f"needs {LEAST_ITEMS}; raise measure.sweep.limit"
         )
     else:
         return
-    raise UserError(f"task {task!r}: {problem}, or leave the task out")
+    raise UserError(f"task {task!r}: {problem}, or remove the task")
 
 
 def table_of(
@@ -133,7 +133,7 @@ def _measured(task: TaskScore, variants: Sequence[TaskScore]) -> Measured:
         raise UserError(
             f"task {task.task!r}: item {ids[row]!r} has the score {scores_NK[row, place]} "
             f"{f'in variant {place - 1}' if place else 'on the baseline'}; measure in another dtype (dtype: "
-            "float32), or leave the task out"
+            "float32), or remove the task"
         )
     weights_N = np.array([item.weight for item in task.items], dtype=np.float64)
     binary = is_binary(task) and all(is_binary(variant) for variant in variants)

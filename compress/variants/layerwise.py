@@ -187,8 +187,8 @@ class Layerwise:
             return f"{family}: its layers cannot be run one by one ({type(error).__name__}: {error})"
         if wrong:
             return (
-                f"{family}: layer {wrong[0]}, run alone, does not give what it gives inside the model; "
-                "layers of this family share more than the hidden state"
+                f"{family}: layer {wrong[0]}, run alone, gives another result than inside the model; layers of this "
+                "family share more than the hidden state"
             )
         return ""
 

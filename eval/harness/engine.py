@@ -82,7 +82,7 @@ def prompt_room(settings: dict[str, Any], max_length: int) -> tuple[int, dict[st
     if wanted["max_gen_toks"] >= max_length:
         raise UserError(
             f"a task asks for {wanted['max_gen_toks']} new tokens (max_gen_toks), but the model has {max_length} "
-            "positions; leave this task out of eval.tasks"
+            "positions; remove this task from eval.tasks"
         )
     return max_length - wanted["max_gen_toks"], wanted
 
@@ -201,8 +201,8 @@ class CausalLM(TemplateLM):
                 # among options that are all NaN lm-eval would choose the first and go on
                 if any(math.isnan(log_prob) for log_prob, _ in scores.values()):
                     raise UserError(
-                        f"the model's likelihoods are no numbers in {self._model.dtype}; set dtype: float32 (or "
-                        "bfloat16) in the recipe, or look for damaged weights"
+                        f"the model's likelihoods are NaN in {self._model.dtype}; set dtype: float32 (or bfloat16) "
+                        "in the recipe, or check the weights for damage"
                     )
                 self.items.add([keys[missing[index]] for index in scores], list(scores.values()))
                 step(len(scores))
@@ -227,7 +227,7 @@ class CausalLM(TemplateLM):
         if len(continuation) > self.max_length:
             raise UserError(
                 f"an answer option has {len(continuation)} tokens, but the model has {self.max_length} positions; "
-                "leave this task out of eval.tasks"
+                "remove this task from eval.tasks"
             )
         whole = (*context, *continuation)[-(self.max_length + 1) :]
         kept = whole[: len(whole) - len(continuation)]

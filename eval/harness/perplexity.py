@@ -86,7 +86,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, settings: Eval, *, max_length: i
         budget = round(settings.perplexity_tokens * source.weight / total_weight)
         all_windows += _source_windows(tokenizer, source, budget, min(WINDOW, max_length))
     if not all_windows:
-        raise UserError("eval.perplexity_data: the text tokenises to nothing; name a source that holds text")
+        raise UserError("eval.perplexity_data: the text is empty after tokenisation; name a source with text")
     return all_windows
 
 

@@ -166,7 +166,7 @@ def _item_scores(
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(
                 f"eval.tasks: {name!r} has no value of {metric_key!r} for single items (got {value!r}); name one of "
-                f"{', '.join(sample['metrics'])} as metadata.metric in a task file of your own, or leave the task out"
+                f"{', '.join(sample['metrics'])} as metadata.metric in a task file of your own, or remove the task"
             )
         prediction, target = _prediction(task, sample, metric_key), _target(task, sample)
         question = _question(task, sample)

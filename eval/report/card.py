@@ -68,9 +68,7 @@ def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
     """
     run = read_run(run_dir)
     if run.plan is None:
-        raise UserError(
-            f"{run_dir / 'plan.json'}: no such file; a model card describes a pruned model, run `shoal prune` first"
-        )
+        raise UserError(f"{run_dir / 'plan.json'}: no such file, and the card needs it; run `shoal prune` first")
     base = base_model(run)
     revision = (run.recipe or {}).get("revision")
     terms = base_license(run.model, hub_id=base, revision=revision, folder=base_folder)

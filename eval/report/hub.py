@@ -56,7 +56,7 @@ def push(
     """
     of_repo, of_upload = (inspect.signature(call).parameters for call in (HfApi.create_repo, HfApi.upload_folder))
     if unknown := next((name for name in further if name not in {**of_repo, **of_upload}), None):
-        raise UserError(f"{unknown}: is not an argument of huggingface_hub's create_repo or upload_folder; remove it")
+        raise UserError(f"{unknown}: huggingface_hub's create_repo and upload_folder have no such argument; remove it")
     complete_export(folder, card, folder.parent / FIGURES_DIR)
     token = further.pop("token", None) or get_token()
     sent = {"commit_message": "Checkpoint, model card and figures from shoal", **further}
@@ -81,7 +81,7 @@ def push(
         raise UserError(failed.format(_reason(error).replace(token, "(hidden)"))) from error
     if private and is_public:
         raise UserError(
-            f"export.private: {repo} is there already and public; make it private on the Hub, set export.private: "
+            f"export.private: {repo} already exists and is public; make it private on the Hub, set export.private: "
             "false, or name another export.hub_repo"
         )
     return url

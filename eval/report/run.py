@@ -95,8 +95,8 @@ def _refuse_mixed_runs(run: Run) -> None:
     for role, evaluation in run.evaluations.items():
         if evaluation.role != role:
             raise UserError(
-                f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but {role!r} in the file's name; "
-                "move it back to its own name, or run `shoal eval` again"
+                f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but the file's name is {role!r}; "
+                "rename it back, or run `shoal eval` again"
             )
     verbs = {Importance: "measure", Plan: "prune", Training: "distill"}
     for subject, entries in _identities(run).items():

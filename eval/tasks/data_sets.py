@@ -179,7 +179,7 @@ class DataSet(Section):
             ((self.beginnings is None) != (self.ending is None), "beginnings and ending belong together; set both"),
             (
                 "rolling" in protocols and (self.page is None or len(protocols) > 1),
-                "the protocol rolling needs page, and no other protocol beside it",
+                "the protocol rolling needs page, and excludes other protocols",
             ),
             (
                 self.reworded_of is not None and self.column != "reworded",
@@ -187,15 +187,15 @@ class DataSet(Section):
             ),
             (
                 self.match == "rule" and self.bundled != INSTRUCTED,
-                f"match: rule needs bundled: {INSTRUCTED}, whose items have rules; choose another match",
+                f"match: rule needs bundled: {INSTRUCTED}, which has items with rules; choose another match",
             ),
-            (self.chance is not None and "generation" not in protocols, "chance is that of written answers"),
+            (self.chance is not None and "generation" not in protocols, "chance applies only to written answers"),
             (isinstance(self.chance, tuple), "chance is a list, but there are no parts; give one number"),
             (
                 self.level is None and any(map(self.family_under, protocols)),
-                "family needs parts whose values are numbers",
+                "family needs parts with numbers as values",
             ),
-            (idle, f"under names {', '.join(idle)}, which protocols does not; leave it out, or add it there"),
+            (idle, f"under names {', '.join(idle)}, which protocols does not list; remove it, or add it there"),
         ):
             if is_wrong:
                 raise ValueError(rule)

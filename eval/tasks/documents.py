@@ -62,7 +62,7 @@ def _docs(data: DataSet, data_dir: Path | None, *, with_examples: bool) -> dict[
         files = {"items": data.items, **({"examples": data.examples} if data.examples and with_examples else {})}
         where, rows = str(data_dir / data.place), local_rows(data, data_dir, files)
     else:
-        assert data.hub is not None, "refused where tasks are loaded"
+        assert data.hub is not None, "checked when tasks are loaded"
         where, rows = data.hub.path, _hub_rows(data, data.hub, with_examples=with_examples)
     if data.shots and with_examples:
         rows["examples"] = list(data.shots)
@@ -110,7 +110,7 @@ def local_rows(data: DataSet, data_dir: Path, files: Mapping[str, str]) -> dict[
     rows = {}
     for split, file in ((split, data_dir / data.place / name) for split, name in files.items()):
         if not file.is_file():
-            raise UserError(f"eval.data_dir: there is no {file}; put it there, or leave tasks of {data.dataset} out")
+            raise UserError(f"eval.data_dir: {file} is missing; put it there, or remove the tasks of {data.dataset}")
         rows[split] = list(_json_lines(file, file.stat().st_mtime_ns, file.stat().st_size))
     return rows
 
@@ -126,7 +126,7 @@ def _json_lines(file: Path, _changed_at: int, _size: int) -> list[Row]:
             if not isinstance(row, dict):
                 raise ValueError(f"it is {type(row).__name__}")
         except ValueError as error:
-            raise UserError(f"{file}:{number}: is no object of JSON ({error}); write one per line") from error
+            raise UserError(f"{file}:{number}: is not a JSON object ({error}); write one per line") from error
         rows.append(row)
     return rows
 
@@ -203,7 +203,7 @@ def _as_docs(data: DataSet, rows: list[Row], where: str) -> Iterator[Doc]:
         values = {key: compiled(text) for key, text in expressions.items() if text}
         keeps = jinja.compile_expression(data.keep or "true")
     except TemplateError as error:
-        raise UserError(f"data set {data.dataset!r}: its description holds what is no template ({error})") from error
+        raise UserError(f"data set {data.dataset!r}: its description has a wrong template ({error})") from error
     letters = "loglikelihood" in data.protocols or (data.lettered and "generation" in data.protocols)
     left_out = 0
     for number, row in enumerate(rows, 1):
@@ -217,11 +217,11 @@ def _as_docs(data: DataSet, rows: list[Row], where: str) -> Iterator[Doc]:
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise UserError(
                 f"eval.tasks: {data.dataset!r}: {where}, row {number} cannot be read ({error}; its fields are "
-                f"{', '.join(row)}); correct the data or its description, or leave the row out"
+                f"{', '.join(row)}); correct the data or its description, or remove the row"
             ) from error
         yield doc
     if left_out:
-        log.info("%s: %d of %d rows are left out, since not (%s)", where, left_out, len(rows), data.keep)
+        log.info("%s: skips %d of %d rows, since not (%s)", where, left_out, len(rows), data.keep)
 
 
 def _defined(value: Any, key: str) -> Any:
@@ -240,7 +240,7 @@ def _finished(doc: Doc, most_options: int | None) -> Doc:
     if "options" in doc:
         options = doc["options"]
         if not isinstance(options, list) or not all(option not in ("", None) for option in options):
-            raise ValueError(f"its options are {options!r}, which is no list of texts")
+            raise ValueError(f"its options are {options!r}, not a list of texts")
         if most_options is not None and len(options) > most_options:
             raise ValueError(f"{len(options)} options are more than the {most_options} letters")
         doc["options"] = [str(option) for option in options]
@@ -264,5 +264,5 @@ def _position(answer: Any, options: list[str]) -> int:
     if isinstance(position, float) and position.is_integer():  # as tables with gaps hold whole numbers
         position = int(position)
     if not isinstance(position, int) or not 0 <= position < len(options):
-        raise ValueError(f"the answer {answer!r} is none of its {len(options)} options")
+        raise ValueError(f"the answer {answer!r} is not one of its {len(options)} options")
     return position

@@ -69,8 +69,8 @@ def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) and os.environ.get(RUNS_CODE) != "1":
             raise UserError(
-                f"eval.tasks: {name!r} runs code that the model writes; in a container of its own set the environment "
-                f"variable {RUNS_CODE}=1, or leave it out"
+                f"eval.tasks: {name!r} runs code that the model writes; in a container of its own set the "
+                f"environment variable {RUNS_CODE}=1, or remove the task"
             )
         _set_fewshot(name, task, num_fewshot, seed)
         _set_ability(task, data_sets)
@@ -109,8 +109,8 @@ def _refuse_missing(files: dict[str, DataSet], data_dir: Path | None) -> None:
         problem = f"eval.data_dir: {str(data_dir)!r} lacks files"
     if missing:
         raise UserError(
-            f"{problem}; set eval.data_dir to a folder with {listed(missing)} (shoal's configs/tasks/README.md says "
-            "what they hold), or leave their tasks out"
+            f"{problem}; set eval.data_dir to a folder with {listed(missing)} (described in shoal's "
+            "configs/tasks/README.md), or remove their tasks"
         )
 
 
@@ -194,9 +194,9 @@ def _check_metadata(name: str, task: Any) -> None:
         if not math.isfinite(float(told.get("level", 0))):
             raise ValueError(f"level is {told['level']!r}")
         if told.get("column", "") not in ("", *get_args(Column)):
-            raise ValueError(f"column is {told['column']!r}, which is one of {', '.join(get_args(Column))}")
+            raise ValueError(f"column is {told['column']!r}, but must be one of {', '.join(get_args(Column))}")
     except (ValueError, TypeError) as error:
-        raise UserError(f"eval.tasks: {name!r}: metadata: {error}; correct it, or leave it out") from error
+        raise UserError(f"eval.tasks: {name!r}: metadata: {error}; correct it, or remove the task") from error
 
 
 @cache
@@ -249,7 +249,7 @@ def check_answers(name: str, task: Any, samples: Sequence[Sample]) -> None:
             inside = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
             if not inside:
                 raise UserError(
-                    f"eval.tasks: {name!r}, document {sample['doc_id']}: the answer {answer!r} is none of its "
+                    f"eval.tasks: {name!r}, document {sample['doc_id']}: the answer {answer!r} is not one of its "
                     f"{len(choices)} options; correct its data or its doc_to_target"
                 )
 
@@ -265,7 +265,6 @@ def _set_fewshot(name: str, task: Any, num_fewshot: int | None, seed: int) -> No
         most = shots if sampler is None else len(sampler.fewshot_indices or sampler.df)
     if shots and shots > most:
         raise UserError(
-            f"eval.num_fewshot: {name!r} has {most} examples beside the items it is scored on; set it to at most that "
-            f"(got {shots})"
+            f"eval.num_fewshot: {name!r} has only {most} examples next to its scored items; lower it (got {shots})"
         )
     task.set_fewshot_seed(seed=seed)

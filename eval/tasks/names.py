@@ -62,7 +62,7 @@ def refuse_other_limits(limit: Limit, tasks: Collection[str]) -> None:
     if unknown := sorted(named.keys() - {DEFAULT, *tasks}):
         raise UserError(
             f"eval.limit: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to "
-            "them, or leave its limit out (on the command line: eval.limit=NUMBER)"
+            "them, or remove its limit (on the command line: eval.limit=NUMBER)"
         )
 
 
@@ -83,8 +83,8 @@ def unknown(name: str, folders: Sequence[Path], setting: str = "eval.tasks") -> 
     begun = [other for other in known if other.startswith(f"{name}_")][:NAMED_TASKS]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else "`shoal list tasks` names shoal's own"
-    hint = f"there is {', '.join(begun)}" if begun else hint
-    return UserError(f"{setting}: {name!r} is no task, neither of shoal nor of lm-eval; {hint}")
+    hint = f"it could be {', '.join(begun)}" if begun else hint
+    return UserError(f"{setting}: {name!r} is not a task of shoal or lm-eval; {hint}")
 
 
 def tasks_in_files(folder: Path) -> list[str]:
@@ -99,10 +99,10 @@ def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:
         folder = Path(include_path).expanduser()
         if not folder.is_dir():
             raise UserError(
-                f"eval.include_path: {str(include_path)!r} is no folder; name one that holds *.yaml task files"
+                f"eval.include_path: {str(include_path)!r} is not a folder; name one with *.yaml task files"
             )
         if wrong := next((file for file in folder.rglob("*.yaml") if file.exists() and not file.is_file()), None):
-            raise UserError(f"eval.include_path: {wrong} is no file; remove it")
+            raise UserError(f"eval.include_path: {wrong} is not a file; remove it")
         if folder.resolve() not in [other.resolve() for other in folders]:
             folders.append(folder)
     return tuple(folders)
@@ -112,7 +112,7 @@ def local_data(data_dir: str | None) -> Path | None:
     """The folder that eval.data_dir names."""
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if folder is not None and not folder.is_dir():
-        raise UserError(f"eval.data_dir: {data_dir!r} is not a folder; name one that holds data sets")
+        raise UserError(f"eval.data_dir: {data_dir!r} is not a folder; name a folder with data sets")
     return folder
 
 

@@ -82,7 +82,7 @@ def measure_importance(
     named: dict[str, Any] = {"metrics": metrics, **({"data": data} if is_source(data) else {})}
     taken, source = (*named, *MeasureSettings.__annotations__), "shoal.measure_importance"
     if isinstance(metrics, str | Sequence) and TASK_ORDER in metrics:
-        raise UserError(f"{source}: task_greedy needs a run directory; give a recipe to shoal.run")
+        raise UserError(f"{source}: task_greedy needs a run directory; pass a recipe to shoal.run")
     section: Measure = of_arguments("measure", {**named, **settings}, taken=taken, source=source, seed=seed)
     tokenizer = require_tokenizer(tokenizer, model)
     seed = int(seed)  # a number of numpy's is no JSON
@@ -119,8 +119,8 @@ def _refuse_sweep(settings: Sweeps | None, model: PreTrainedModel, tokenizer: Pr
         return
     if settings.operators != ("layer",):
         raise UserError(
-            "shoal.measure_importance: sweep: of a model in memory single layers are swept; leave operators out, or "
-            "give a whole recipe to shoal.run"
+            "shoal.measure_importance: sweep: a model in memory supports only single layers; remove operators, or "
+            "pass a complete recipe to shoal.run"
         )
     checked_tasks(scored_by(settings, Eval()), model.config, tokenizer, num_removals=len(decoder_layers(model)))
 
@@ -226,11 +226,13 @@ def cut_model(
     model = as_model(model)
     if isinstance(drop, Plan):
         if (num_layers := len(decoder_layers(model))) != drop.num_layers:
-            raise UserError(f"drop: is a plan for {drop.num_layers} layers, and the model has {num_layers}; plan again")
+            raise UserError(
+                f"drop: the plan is for {drop.num_layers} layers, but the model has {num_layers}; make another plan"
+            )
         if drop.changes:
             raise UserError(
-                f"drop: changes layers that stay ({drop.changes[0].words}); load the student that was written, or give "
-                "drop=plan.drop and changes"
+                f"drop: the plan changes layers that stay ({drop.changes[0].words}); load the student from its "
+                "folder, or pass drop=plan.drop and changes"
             )
         drop = drop.drop
     settings = checked(_Cut, {"prune": {"drop": drop, "changes": changes}}, source="shoal.cut_model").prune

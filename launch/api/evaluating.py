@@ -134,8 +134,8 @@ def shared_tasks(reference: Scores, other: Scores) -> list[tuple[TaskScore, Task
     first, second = by_task(reference), by_task(other)
     if not (shared := [(first[task], second[task]) for task in first if task in second]):
         raise UserError(
-            f"compare: the evaluations have no task in common ({', '.join(first)}; {', '.join(second)}); evaluate both "
-            "models on the same ones"
+            f"compare: the evaluations have no task in common ({', '.join(first)}; {', '.join(second)}); evaluate "
+            "both models on the same tasks"
         )
     return shared
 
@@ -152,7 +152,7 @@ def compare(reference: Scores, *others: Scores) -> Comparison:
         >>> shoal.compare(teacher, pruned, distilled)
     """
     if not others:
-        raise UserError("compare: has nothing to compare with; give the scores of another model too")
+        raise UserError("compare: a second evaluation is missing; pass the scores of another model too")
     for scores in (reference, *others):
         Scores.require(scores, "compare")
     for other in others:

@@ -67,7 +67,7 @@ class Run(Tabular):
         folders = {"pruned": "student", "distilled": "distilled", CONTROL: CONTROL}
         there = {own: self.folder / name for own, name in folders.items() if (self.folder / name).is_dir()}
         if role not in there:
-            raise UserError(f"{self.folder}: has no model {role!r}; there is {', '.join(there) or 'none'}")
+            raise UserError(f"{self.folder}: has no model {role!r}; existing are {', '.join(there) or 'none'}")
         return load_model(there[role])
 
     def save(self, path: str | Path) -> None:
@@ -96,7 +96,7 @@ class Run(Tabular):
 
     def title(self) -> str:
         """Where it is, and what was cut."""
-        return f"{self.folder}: {'nothing is cut yet' if self.plan is None else self.plan.in_words()}"
+        return f"{self.folder}: {('nothing is pruned yet' if self.plan is None else self.plan.in_words())}"
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per role and task."""
@@ -122,9 +122,9 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
         >>> shoal.run("mine.yaml", "run_dir=runs/new").scores["distilled"]
     """
     if not isinstance(recipe, str | Path | Mapping):
-        raise UserError(f"shoal.run: recipe: is {type(recipe).__name__}; give a file, a folder, a name or a mapping")
+        raise UserError(f"shoal.run: recipe: is {type(recipe).__name__}; pass a file, a folder, a name or a mapping")
     if wrong := next((override for override in overrides if not isinstance(override, str)), None):
-        raise UserError(f"shoal.run: override {wrong!r}: is {type(wrong).__name__}; give section.key=value as text")
+        raise UserError(f"shoal.run: override {wrong!r}: is {type(wrong).__name__}; pass section.key=value as text")
     with TemporaryDirectory() as temporary, explained_paths():
         config = str(recipe) if isinstance(recipe, str | Path) else str(Path(temporary) / "recipe.yaml")
         if isinstance(recipe, Mapping):
@@ -133,7 +133,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
             try:
                 write_json(Path(config), dict(recipe))  # JSON is YAML
             except TypeError as error:
-                raise UserError(f"shoal.run: recipe: holds what no file could ({error})") from error
+                raise UserError(f"shoal.run: recipe: holds a value that a YAML file cannot hold ({error})") from error
         said, file = read_settings(config, overrides)
         settings = settled(said, file, overrides)
         refuse_early("run", settings)
@@ -184,11 +184,11 @@ def push_to_hub(
     """
     if plan is None:
         raise UserError(
-            "shoal.push_to_hub: plan: is missing, and the card says what was cut; give it, or call model.push_to_hub, "
-            "which makes no card"
+            "shoal.push_to_hub: plan: is missing, and the card needs it; pass it, or call model.push_to_hub, which "
+            "writes no card"
         )
     if len({one.role for one in scores}) < len(scores):
-        raise UserError("shoal.push_to_hub: scores: two of one role; give evaluate its role, such as role='pruned'")
+        raise UserError("shoal.push_to_hub: scores: two have the same role; set one in evaluate, such as role='pruned'")
     healing = {} if training is None else {"losses": training.provenance.inputs["distill.losses"]}
     sources = [] if training is None else [{"path": name} for name in training.data["sources"]]
     with TemporaryDirectory() as temporary:

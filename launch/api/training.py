@@ -105,8 +105,7 @@ def _refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     is_cut = [hasattr(model.config, KEPT_LAYERS) for model in (student, teacher)]
     if is_cut == [False, True] and len(decoder_layers(student)) > len(decoder_layers(teacher)):
         raise UserError(
-            "shoal.distill: the teacher was pruned by shoal, and the student is deeper and was not; give the pruned "
-            "model first"
+            "shoal.distill: the teacher is pruned by shoal, and the student is not; pass the pruned model first"
         )
 
 
@@ -114,7 +113,9 @@ def _section(named: dict[str, Any], settings: Mapping[str, Any], seed: int) -> D
     trainer: Any = settings.get("trainer", {})
     if isinstance(trainer, Mapping):
         if lost := [name for name in trainer if str(name).startswith("save_")]:
-            raise UserError(f"trainer.{lost[0]}: nothing is saved here; use shoal.DistillationTrainer, or leave it out")
+            raise UserError(
+                f"trainer.{lost[0]}: shoal.distill saves nothing; remove it, or use shoal.DistillationTrainer"
+            )
         trainer = {**trainer, "save_strategy": "no"}
     section: Distill = of_arguments(
         "distill",

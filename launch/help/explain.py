@@ -112,7 +112,7 @@ def _unknown(place: str, known: list[str]) -> UserError:
     leaf = difflib.get_close_matches(word, set(ends.values()), n=1, cutoff=0.7)
     of_that_name = [other for other, end in ends.items() if end in leaf]
     close = difflib.get_close_matches(place, of_that_name, n=CLOSE, cutoff=0)
-    otherwise = "`shoal explain` lists the sections, and `shoal list` what they can name: tasks, metrics, losses"
+    otherwise = "`shoal explain` lists the sections, and `shoal list` the names for them: tasks, metrics, losses"
     hint = f"did you mean {listed(close, 'or')}?" if close else otherwise
     return UserError(f"explain: a recipe has no key {place!r}; {hint}")
 
@@ -211,7 +211,7 @@ def default_text(own: dict[str, Any]) -> str:
     """The default of a key, in a line of YAML."""
     if own.get("is_required"):
         return "must be given"
-    return as_yaml(own["default"]) if own.get("default", "") != "" else "left out"
+    return as_yaml(own["default"]) if own.get("default", "") != "" else "not set"
 
 
 def sections_of(own: Any) -> list[dict[str, Any]]:

@@ -90,9 +90,9 @@ def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -
     head = (
         f"{model}: {layers} layers, {count_text(parameters)} parameters, stored in {stored}.",
         f"Written for {machine.ranks} x {machine.name}, computes in {machine.dtype}.",
-        f"Its text is {text.kind}: {text.reason}.",
-        "`shoal distill FILE --dry-run` tells whether training fits, and the cheapest setting that does.",
-        "`shoal explain KEY` says all of a key, and which others there are; `shoal list` what can be named.",
+        f"Training text, {text.kind}: {text.reason}.",
+        "`shoal distill FILE --dry-run` shows whether training fits, and the cheapest setting that fits.",
+        "`shoal explain KEY` explains a key; `shoal list` shows the names of tasks, metrics and losses.",
     )
     lines = [*(line for words in head for line in _comment(words)), "", *_commented(raw, _notes(raw, machine))]
     parse_recipe(read_yaml(recipe := "\n".join(lines) + "\n"))
@@ -153,7 +153,7 @@ def _notes(raw: dict[str, Any], machine: Machine) -> dict[str, str]:
     """What stands behind a value: place, or path of a source -> words."""
     alone = "of training" if "control" not in raw["eval"] else "of training student and control"
     hour = f"an hour {alone} on {machine.ranks} x {machine.name}, as estimated"
-    few = f"longer than {hour}, in which hardly anything comes back"
+    few = f"longer than {hour}, in which almost nothing is recovered"
     tokens = raw["distill"]["num_tokens"]
     return {**LICENCES, "distill.num_tokens": few if tokens == FEWEST_TOKENS else hour}
 

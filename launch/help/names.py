@@ -79,7 +79,7 @@ def told(asked: argparse.Namespace) -> Any:
         return LISTS[asked.what]() if asked.what else list(LISTS)
     if asked.what is None:
         return "\n".join(f"shoal list {what}" for what in LISTS)
-    rest = ["", "every task that lm-eval ships can be named too"] if asked.what == "tasks" else []
+    rest = ["", "every task that lm-eval ships works too"] if asked.what == "tasks" else []
     return "\n".join([*table(LISTS[asked.what]().items()), *rest])
 
 

@@ -12,8 +12,8 @@ from .explain import as_yaml, first_sentence, meaning, places, sections_of
 
 NAMES = {"integer": "N", "number": "X", "string": "TEXT", "boolean": "true|false", "object": "{...}"}
 """Type -> what stands for a value of it."""
-EPILOG = """Keys of a section in a section come after a stop: --lora.r 8. Every other key of the recipe is an option by
-its whole name: --measure.num-tokens 1e6 says the same as measure.num_tokens=1e6. a,b is a list where a key may be one.
+EPILOG = """Keys of a nested section have a dot: --lora.r 8. Every other recipe key is an option under its full name:
+--measure.num-tokens 1e6 means measure.num_tokens=1e6. For a key that takes a list, write a,b.
 `shoal explain` lists and explains all keys."""
 LONGEST = 40
 """Characters of all values of a key, written out."""

@@ -92,7 +92,7 @@ def distill(run: Run) -> None:
     train = partial(training.distill, home=run.dir, make_scorer=scorer)
     if run.dir in due:
         if control is not None and control_dir in due:
-            with doing("working out what the control takes"):
+            with doing("estimating what the control takes"):
                 agreed(lambda: check_control(control, control_dir, spec, run.dir))
         seed_everything(recipe.seed)
         train(
@@ -106,7 +106,7 @@ def distill(run: Run) -> None:
         free_memory()
         due = agreed(lambda: _due(run, plan))  # which rows the control reads may be known only now
     if control is not None and control_dir in due:
-        log.info("distill: the control, which is the uncut teacher, on the same rows")
+        log.info("distill: the control (the teacher, trained on the same rows)")
         seed_everything(recipe.seed)
         # its curve is in its distill.json alone: a W&B run has one axis of steps
         train(control, run_dir=control_dir, inputs=due[control_dir], start_tracking=lambda: None)
@@ -172,9 +172,7 @@ def _has_model(folder: Path) -> bool:
 
 
 def _student_is_gone(run: Run) -> UserError:
-    return UserError(
-        f"{run.dir / 'student'}: is gone; run `shoal prune`, which makes it again, or choose another run_dir"
-    )
+    return UserError(f"{run.dir / 'student'}: is missing; run `shoal prune` to restore it, or choose another run_dir")
 
 
 def refuse_other_checkpoints(run: Run) -> None:

@@ -29,7 +29,7 @@ from shoal.ranks import is_main, world_size
 
 from .launch import LaunchEnded, start_ranks
 
-NO_GPU = "no GPU: trainings run on the CPU"
+NO_GPU = "no GPU: training runs on the CPU"
 LEAST_FREE = 0.9
 """Share of a GPU's memory that is free where nobody else uses it."""
 LEAST_HOST = 8_000_000_000
@@ -64,7 +64,7 @@ class Row(NamedTuple):
     """What puts ranks of one verdict in order."""
 
 
-VERDICTS = ("ok", "not looked at", "wrong")
+VERDICTS = ("ok", "not checked", "wrong")
 
 
 def doctor(asked: argparse.Namespace) -> Any:
@@ -103,7 +103,7 @@ def _rows(run_dir: Path) -> Iterator[Row]:
         free = device_memory(device) / torch.cuda.get_device_properties(device).total_memory
         yield _row("GPU memory free", "share", free, least=LEAST_FREE)
     else:
-        yield from (Row(what, NO_GPU, "", "not looked at") for what in ("bfloat16", "GPU memory free"))
+        yield from (Row(what, NO_GPU, "", "not checked") for what in ("bfloat16", "GPU memory free"))
     yield from (_kernel(package, device) for package in KERNELS)
     here = runtime.together(socket.gethostname).count(socket.gethostname())
     yield _row("host memory free", "GB a rank", available_memory() / here / 1e9, least=LEAST_HOST / 1e9)
@@ -131,13 +131,13 @@ def _row(what: str, unit: str, found: float, *, least: float | None = None, most
 def _kernel(package: str, device: torch.device) -> Row:
     """Whether ``package``, whose errors are its own and of any kind, is here and gives numbers."""
     if importlib.util.find_spec(package.partition(".")[0]) is None:
-        return Row(package, "not installed", "", "not looked at")
+        return Row(package, "not installed", "", "not checked")
     if device.type != "cuda":
-        return Row(package, NO_GPU, "", "not looked at")
+        return Row(package, NO_GPU, "", "not checked")
     try:
         given = torch.randn(1, 64, 4, 64, device=device, dtype=torch.bfloat16)
         is_well = bool(KERNELS[package](importlib.import_module(package), given).isfinite().all())
-        found = "runs" if is_well else "gives numbers that are not finite"
+        found = "runs" if is_well else "produces numbers that are not finite"
     except Exception as error:
         is_well, found = False, f"{type(error).__name__}: {error}".splitlines()[0][:80]
     return Row(package, found, "runs", "ok" if is_well else "wrong")
@@ -173,7 +173,7 @@ def _disk(run_dir: Path) -> Iterator[Row]:
 def _together(device: torch.device) -> Iterator[Row]:
     """Clocks, and how fast ranks add up, on each node and over all."""
     if world_size() == 1:
-        yield from (Row(what, "one rank", "", "not looked at") for what in ("clocks", "all-reduce"))
+        yield from (Row(what, "one rank", "", "not checked") for what in ("clocks", "all-reduce"))
         return
     dist.barrier()
     clocks = runtime.together(time.time)

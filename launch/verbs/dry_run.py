@@ -158,7 +158,7 @@ def _measure(run: Run) -> Stage:
     settings = run.recipe.measure
     work = f"{', '.join(settings.metrics)} over {settings.num_tokens:,} tokens"
     if settings.sweep is not None:
-        work += f", sweeps of {', '.join(settings.sweep.operators)}"
+        work += f", ablation of {', '.join(settings.sweep.operators)}"
     return Stage("measure", state, _joined(why, work), None if state == "done" else measure_seconds(run))
 
 
@@ -193,7 +193,7 @@ def _prune(run: Run) -> Stage:
 def _distill(run: Run, *, cut: Stage) -> Stage:
     from shoal.train.preflight.memory import NotEstimated
 
-    state, why = _state(what_is_trained(run)) if cut.is_done else ("to do", "the student of the new cut")
+    state, why = _state(what_is_trained(run)) if cut.is_done else ("to do", "the student of the new plan")
     if state == "done":
         return Stage("distill", state)
     if run.recipe.eval.control:
@@ -215,7 +215,7 @@ def _eval(run: Run, wanted: Sequence[str], final: Mapping[str, bool]) -> Stage:
     if not due:
         return Stage("eval", "done")
     work = eval_work(run, settings)
-    speed = "; how fast they are is measured on top" if settings.speed else ""
+    speed = "; their speed is measured as well" if settings.speed else ""
     seconds = eval_seconds(run, work, len(due))
     return Stage("eval", "to do", f"{', '.join(due)}, each: {work}{speed}", seconds)
 

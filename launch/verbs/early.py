@@ -104,9 +104,9 @@ def require_distilled(recipe: Recipe) -> None:
     """Refuse a push of nothing, or to nowhere."""
     run_dir = Path(recipe.run_dir).expanduser()
     if recipe.export.hub_repo is None:
-        raise UserError(f"shoal push {run_dir}: says not where to; name the repository, owner/name, behind it")
+        raise UserError(f"shoal push {run_dir}: the repository is missing; add its name, owner/name, to the command")
     if not (run_dir / "distilled" / "config.json").is_file():
-        raise UserError(f"{run_dir / 'distilled'}: nothing to export yet; run `shoal distill` first")
+        raise UserError(f"{run_dir / 'distilled'}: does not exist yet; run `shoal distill` first")
 
 
 def _model_name(asked: Asked) -> None:
@@ -124,7 +124,7 @@ def _columns(asked: Asked) -> None:
         for name in sorted(prune.chosen_by - {*settings.metrics}):
             if name not in METRICS:
                 raise no_metric(name, f"prune.metric={name}")
-            raise UserError(f"prune.metric={name}: is not measured; name it in measure.metrics")
+            raise UserError(f"prune.metric={name}: this metric is not measured; add it to measure.metrics")
         for name in prune.spare:
             raise not_measured(f"prune.spare: {name}", "it has none.", "measure.sweep.tasks")
         if "cornerstone" in prune.protect:
@@ -307,9 +307,9 @@ def init_file(asked: argparse.Namespace) -> Path:
         raise UserError("--out: is empty; name a file, or leave it out")
     file = Path(asked.out or f"{name_of_model(asked.model)}.yaml").expanduser()
     if file.exists():
-        raise UserError(f"{file}: is there already; name another file with --out, or remove it")
+        raise UserError(f"{file}: exists already; name another file with --out, or remove it")
     if not file.parent.is_dir():
-        raise UserError(f"{file.parent}: no such folder; make it, or name another file with --out")
+        raise UserError(f"{file.parent}: no such folder; create it, or name another file with --out")
     from shoal.models.download import config_of
 
     config_of(asked.model, asked.revision, with_weights=False)  # refuses what is no model

@@ -89,9 +89,9 @@ def evaluate(run: Run) -> None:
     require_models_of_this_run(run, folders)
     require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
     if list(folders) == ["teacher"]:
-        log.info("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
+        log.info("eval: %s does not exist: only the teacher is scored; `shoal prune` creates it", run.dir / "student")
     if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:
-        log.warning("eval: there is no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)
+        log.warning("eval: no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)
     checkpoints = _checkpoints(run, folders)
     due = agreed(lambda: _due(run, {role: eval_inputs(run, folder) for role, folder in folders.items()}))
     _score(run, checkpoints, due)
@@ -140,7 +140,9 @@ def _beside(run: Run, model: str, out: Path) -> tuple[Run, Checkpoint, dict[str,
     if asked.dtype == "stored":  # so that the comparison can tell in what
         inputs["dtype"] = str(checkpoint.stored_dtype).removeprefix("torch.")
     if tokenizer_difference(folder, run.teacher, trust_remote_code=asked.trust_remote_code):
-        log.info("compare: %s has other tokens than %s, so what counts tokens is not compared", model, run.teacher)
+        log.info(
+            "compare: %s has other tokens than %s, so results that count tokens are not compared", model, run.teacher
+        )
     return own, checkpoint, inputs
 
 
@@ -189,7 +191,7 @@ def _due(run: Run, inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any
     due = {role for role, own in asked.items() if not own.is_done()}
     for role in inputs.keys() - due if due else ():
         if changed := _other_code(asked[role].require()):
-            log.info("eval %s: %s made it, so it is made again to be compared with what is", role, changed)
+            log.info("eval %s: was scored on %s, so it is scored again for the comparison", role, changed)
             due.add(role)
     return {role: own for role, own in inputs.items() if role in due}
 
@@ -213,13 +215,13 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
             model, file = folder / "distilled", asked.path.name
             told = asked.require().settings.get("distilled") if model in folders.values() else ""
             if told is None:
-                why = f"cannot be checked: {file} beside it is of an older shoal, which did not note what it is"
+                why = f"cannot be checked: {file} is of an older shoal, which did not store a checksum"
             elif told and told != model_fingerprint(model):
-                why = f"is not the model that {file} beside it tells of: its weights, configuration or tokenizer"
+                why = f"is not the model of {file}: its weights, configuration or tokenizer differ"
                 why += " are others"
             else:
                 continue
-            raise UserError(f"{model}: {why}; delete it, and `shoal distill` makes it again from the last checkpoint")
+            raise UserError(f"{model}: {why}; delete it, and `shoal distill` restores it from the last checkpoint")
 
 
 def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:

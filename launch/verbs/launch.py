@@ -34,7 +34,7 @@ COUNTED = "PYTORCH_NVML_BASED_CUDA_CHECK"
 SET_VISIBLE = "SHOAL_VISIBLE_DEVICES"
 """Holds in the environment of ranks the CUDA_VISIBLE_DEVICES of the command: DeepSpeed's launcher ignores and replaces
 it where a number of ranks is asked for, and reads no names of devices (GPU-..., MIG-...)."""
-GOES_ON = "the same command goes on from the last checkpoint, or begins this stage again if there is none yet"
+GOES_ON = "the same command resumes from the last checkpoint, or starts this stage again if there is none yet"
 
 
 class LaunchEnded(Exception):
@@ -149,11 +149,11 @@ def _unfinished(verb: str, code: int, asked: int | None) -> LaunchEnded | Launch
     stopped them."""
     number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247
     if code == EXIT_USER_ERROR:
-        return LaunchRefused(f"{verb}: was refused; the message is on stderr, above")
+        return LaunchRefused(f"{verb}: stopped by wrong input; the message is on stderr, above")
     if code in (128 + number for number in STOPS):
         pass  # the rank has said that it has saved
     elif asked is not None:
-        done = "the stage had just ended, and the same command goes on from there"
+        done = "the stage had just ended, and the same command resumes from there"
         return LaunchEnded(128 + asked, f"stopped; {done if code == 0 else GOES_ON}")
     elif number:
         reason = ", most often because memory ran out" if number == signal.SIGKILL else ""

@@ -77,7 +77,7 @@ def measure(run: Run) -> None:
     _check_metrics(run)
     if reads_images(run.config()):
         log.warning(
-            "measure: %s reads images and is measured with text alone, which says nothing of what layers do for images",
+            "measure: %s reads images, but is measured with text only, so the layers' role for images is not measured",
             run.recipe.model,
         )
     run.dir.mkdir(parents=True, exist_ok=True)
@@ -122,8 +122,8 @@ def _check_metrics(run: Run) -> None:
     needy = [name for name in measure.metrics if METRICS[name].needs in ("gradients", "weights", "merges")]
     if needy and rooms_to_share(run.teacher, run.config(), run.recipe.dtype, device()):
         raise UserError(
-            f"measure.metrics: {needy[0]} needs all weights in memory, more than is free on {device()}; leave it "
-            "out, or measure on a larger machine"
+            f"measure.metrics: {needy[0]} needs all weights in memory, more than is free on {device()}; remove it, "
+            "or measure on a larger machine"
         )
 
 
@@ -135,8 +135,8 @@ def _check_mean(tasks: dict[str, Any]) -> None:
     if len(set(rising.values())) > 1:
         in_nats = ", ".join(name for name, is_share in rising.items() if not is_share)
         raise UserError(
-            f"measure.metrics: task_greedy takes the mean of scores, and {in_nats} is in nats, all else a share; "
-            "leave one kind out of measure.sweep.tasks"
+            f"measure.metrics: task_greedy takes the mean of scores, but {in_nats} is a loss and the others are "
+            "shares; remove one kind from measure.sweep.tasks"
         )
 
 
@@ -172,7 +172,7 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
     edited = Edited(model)
     for operator, table in sweep_tables(run, edited, units).items():
         if operator == "layer":
-            with doing("measure: intervals of the atlas"):
+            with doing("measure: intervals of the ablation"):
                 importance = replace(importance, atlas=atlas_of(*table, metrics=rankings(importance)))
         else:
             importance = replace(importance, sweeps={**importance.sweeps, operator: table[0]})
@@ -195,7 +195,7 @@ def sweep_tables(
         return {}
     score, tables = _scoring(run, edited, donor), {}
     for operator, components in units.items():
-        log.info("measure: sweep of operator %s, %d variants", operator, len(components))
+        log.info("measure: ablation with operator %s, %d variants", operator, len(components))
         folder = run.dir / "sweep" / operator
         intact, removed = score([variant_of(component, edited.model) for component in components], folder=folder)
         if is_main():

@@ -39,7 +39,7 @@ def search_of_rows(
         texts = (document for _, document in row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS))
         overlaps = contamination.find_overlap(items, texts)
         if some := [f"{each.found} of {each.compared} of {task}" for task, each in overlaps.items() if each.found]:
-            log.warning("evaluation items stand in %s: %s; their scores may flatter", text, ", ".join(some))
+            log.warning("evaluation items occur in %s: %s; their scores may be too high", text, ", ".join(some))
         return {
             "overlap": contamination.as_data(overlaps),
             "tokens_searched_for_overlap": min(rows.input_ids_NS.numel(), OVERLAP_TOKENS),

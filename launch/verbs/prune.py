@@ -102,8 +102,8 @@ def _plan_of_its_student(run: Run) -> Plan:
     is_there = plan.student and (student / "config.json").is_file()
     if is_there and plan.student != plan.sealed(model_fingerprint(student)):
         raise UserError(
-            f"{path}: says {plan.in_words()!r}, and {student} was not made so: one of them was changed after the cut. "
-            "Delete plan.json and run `shoal prune` again; to choose other layers, set prune.drop"
+            f"{path}: describes {plan.in_words()!r}, which does not match {student}: one of them was changed after "
+            "pruning. Delete plan.json and run `shoal prune` again; to choose other layers, set prune.drop"
         )
     return plan
 
@@ -283,7 +283,7 @@ def _plan(run: Run, choice: Choice, inputs: dict[str, Any]) -> Plan:
     from shoal.compress.surgery.narrow_config import kept_width
 
     widths = [kept_width(run.config(), change) for change in run.recipe.prune.changes if isinstance(change, Width)]
-    told = ["what stays of each layer writes most"] if widths else []
+    told = ["the largest outputs of every layer stay"] if widths else []
     reason = "; ".join(filter(None, [choice.reason, *told]))
     width = widths[0] if widths else None
     origin = Provenance(inputs, model=run.recipe.model)

@@ -71,7 +71,7 @@ def export_gguf(run: Run) -> None:
     folders = roles(run)
     role = next((role for role in ("distilled", "pruned") if role in folders), None)
     if role is None:
-        raise UserError(f"{run.dir}: nothing to export yet; run `shoal prune` first")
+        raise UserError(f"{run.dir}: has no model to export yet; run `shoal prune` first")
     inputs = {"model": model_fingerprint(folders[role]), "converter": gguf.converter_fingerprint()}
     path = run.dir / gguf.Gguf.FILE
     if Identity(gguf.Gguf, path, inputs, "gguf").is_done() and (path.parent / gguf.Gguf.load(path).file).is_file():

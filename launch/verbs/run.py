@@ -179,7 +179,7 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     if numerics.attention != recipe.attn_implementation:
         log.info("attention: %s (%s)", numerics.attention, numerics.attention_reason)
     if computes and numerics.attention != "flash" and device().type == "cuda" and STARTED not in os.environ:
-        told = "attention: %s makes masks of packed rows, a step of training takes about %s times that with flash (%s)"
+        told = "attention: %s uses masks for packed rows; a training step takes about %s times that with flash (%s)"
         log.warning(told, numerics.attention, DENSE, numerics.attention_reason)
     teacher = recipe.distill.teacher
     if isinstance(teacher, Live) and teacher.dtype == "fast":
@@ -213,8 +213,8 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
 def _text(recipe: Recipe, begun: dict[str, Any]) -> DefaultText:
     """Which text stands for `auto`, here or where the run directory was begun."""
     if begun.get("text") in TRAINING:
-        return DefaultText(begun["text"], "as this run directory was begun")
-    with doing("asking whether the Hub has text"):
+        return DefaultText(begun["text"], "as stored in this run directory")
+    with doing("checking whether the Hub has text"):
         config = find_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         return default_text(num_parameters(without_data(without_quantization(config)[0])))
 
@@ -249,16 +249,16 @@ def _size(run: Run, max_minutes: float, begun: dict[str, Any]) -> tuple[float, s
     from .pace import run_seconds
 
     try:
-        with doing("working out how long the run takes"):
+        with doing("estimating how long the run takes"):
             own = run_seconds(run)
         seconds = agreed(lambda: own)
     except NotEstimated as error:
         return 1.0, f"max_minutes has no effect: {error}"
     share = min(SHARES, max(2, round(SHARES * 60 * max_minutes / seconds))) / SHARES
     reason = (
-        f"{share:.0%} of this recipe's tokens and items, which take about {duration_text(share * seconds)}: all would "
-        f"take {duration_text(seconds)} on {device_name(device())}, and max_minutes is {max_minutes:g}; "
-        "max_minutes=null takes them all"
+        f"{share:.0%} of this recipe's tokens and items, for about {duration_text(share * seconds)}: all would take "
+        f"{duration_text(seconds)} on {device_name(device())}, and max_minutes is {max_minutes:g}; max_minutes=null "
+        "uses all"
     )
     return share, reason if share < 1 else ""
 
@@ -274,11 +274,11 @@ def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
     config = read_deepspeed(recipe.distill.deepspeed)
     if precision == "auto" and (said := precisions_said(config)):
         precision = said[0]
-        reasons.append("distill.deepspeed says so")
+        reasons.append("set by distill.deepspeed")
     elif precision == "auto":
         fastest, why = trained_in(config, choice.dtype), choice.reason
         if computed_in(fastest) != choice.dtype:
-            why = f"{why}; {choice.dtype} trains rightly under ZeRO 0 alone, distill.deepspeed=zero0"
+            why = f"{why}; {choice.dtype} works only under ZeRO 0, distill.deepspeed=zero0"
         precision, source = _begun_in(folder, "distill.precision", get_args(Precision)) or (fastest, None)
         reasons.append(source or why)
     slow = [
@@ -287,8 +287,8 @@ def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
         if value in DTYPES[1:] or computed_in(value) in DTYPES[1:]
     ]
     if slow and choice.dtype == "float32":
-        log.warning("%s: %s; leave dtype and distill.precision out of the recipe", " and ".join(slow), choice.reason)
-    reason = "; ".join(dict.fromkeys(reasons)) or "the recipe names it"
+        log.warning("%s: %s; remove dtype and distill.precision from the recipe", " and ".join(slow), choice.reason)
+    reason = "; ".join(dict.fromkeys(reasons)) or "set by the recipe"
     chosen = _attention(recipe, dtype, precision, computes=computes)
     return Numerics(dtype, precision, reason, name, attention=chosen.attention, attention_reason=chosen.reason)
 
@@ -299,7 +299,7 @@ def _attention(recipe: Recipe, dtype: str, precision: str, *, computes: bool) ->
     if wanted == "auto" and (begun := _begun_in(Path(recipe.run_dir).expanduser(), "attention", ATTENTION)):
         wanted = begun[0]
     if wanted in ("sdpa", "eager") or (wanted != "auto" and not computes):
-        chosen = Chosen(wanted, "the recipe names it")
+        chosen = Chosen(wanted, "set by the recipe")
     else:
         config = find_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         chosen = choose_attention(wanted, config, device(), _halves(recipe, config, dtype, precision))

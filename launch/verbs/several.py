@@ -43,8 +43,8 @@ def compare(asked: argparse.Namespace) -> Any:
     runs = [Path(name) for name in asked.words if not names_model(name)]
     if not runs:
         raise UserError(
-            f"compare: {listed(asked.words)}: no run directory among them, with whose settings a checkpoint could be "
-            "scored; run `shoal eval` with a recipe of one of them, and name its run_dir"
+            f"compare: {listed(asked.words)}: pass at least one run directory; its evaluation settings are used "
+            "for the checkpoints. To get one, run `shoal eval` with a recipe"
         )
     if len(runs) < len(folders):
         read_scored(runs[0])
@@ -85,7 +85,7 @@ def combinations(run_dir: Path, axes: Sequence[str]) -> dict[Path, list[str]]:
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise UserError(f"--each {twice}: is given twice; give all its values at once: {twice}=a,b")
     if "run_dir" in keys:
-        raise UserError("--each run_dir: every run has a folder of its own in run_dir; leave it out")
+        raise UserError("--each run_dir: every run has a folder of its own in run_dir; remove it")
     runs: dict[Path, list[str]] = {}
     for chosen in itertools.product(*map(_values, axes)):
         folder = run_dir / ",".join(f"{key.rpartition('.')[2]}={_in_path(value)}" for key, value in chosen)

@@ -61,7 +61,7 @@ def free_disk(path: Path) -> int:
 
 
 def _not_made(path: Path, error: OSError, setting: str) -> UserError:
-    return UserError(f"{path}: cannot be made ({error.strerror}); set {setting} to a folder you may write to")
+    return UserError(f"{path}: cannot be created ({error.strerror}); set {setting} to a folder you may write to")
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def only_process(lock_file: Path, what: str, *, wait_s: float) -> Iterator[None]
     lock = FileLock(lock_file, timeout=wait_s)
     try:
         if lock_file.is_symlink() or (lock_file.is_file() and lock_file.stat().st_nlink > 1):
-            raise UserError(f"{lock_file}: is a link to another file, which locking would empty; remove it")
+            raise UserError(f"{lock_file}: a link to another file, which locking would empty; remove the link")
         lock.acquire()
         lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
@@ -119,7 +119,7 @@ def only_process(lock_file: Path, what: str, *, wait_s: float) -> Iterator[None]
             raise UserError(
                 f"{lock_file}: cannot be locked ({error.strerror}); remove it, or choose another folder"
             ) from error
-        log.warning("%s: this disk cannot lock files; start only one shoal that works there", lock_file.parent)
+        log.warning("%s: this disk cannot lock files; start only one shoal process in this folder", lock_file.parent)
     try:
         yield
     finally:
@@ -207,7 +207,7 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
 
 
-def read_json(path: Path, remedy: str = "delete it and run a stage again") -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "delete it and run its stage again") -> dict[str, Any]:
     """The mapping that a JSON file holds; empty where there is no file. ``remedy`` ends what is said of another one."""
     try:
         body = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

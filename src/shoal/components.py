@@ -69,6 +69,6 @@ def require_layers(drop: Collection[int], num_layers: int, setting: str = "drop"
     """Refuse to drop what is no layer of a model of so many, or all of them."""
     if outside := sorted(layer for layer in drop if not 0 <= layer < num_layers):
         last = num_layers - 1
-        raise UserError(f"{setting}: {layers_text(outside)} is no layer of this model; its layers are 0..{last}")
+        raise UserError(f"{setting}: layer {layers_text(outside)} does not exist; the model has the layers 0 to {last}")
     if len(drop) == num_layers:
-        raise UserError(f"{setting}: names all {num_layers} layers; keep at least one")
+        raise UserError(f"{setting}: all {num_layers} layers are named; keep at least one")

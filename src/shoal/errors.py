@@ -39,14 +39,14 @@ _FULL_TEXTS = (
 
 NO_ANSWER = (json.JSONDecodeError, KeyError, TypeError, AttributeError)
 """What huggingface_hub raises where something else than a Hub has answered."""
-NO_HUB = "what answers is no Hub ({}); check the network, and HF_ENDPOINT"
+NO_HUB = "the server that answers is not a Hub ({}); check the network, and HF_ENDPOINT"
 
 
 def not_encoded(what: str) -> str:
     """The message for a name or an argument that is no text in the encoding of the locale."""
     return (
-        f"{what}: is no text in the encoding of this locale ({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8 or "
-        "PYTHONUTF8=1, or use other letters"
+        f"{what}: contains letters that the encoding of this locale ({sys.getfilesystemencoding()}) does not have; "
+        "set LC_ALL=C.UTF-8 or PYTHONUTF8=1, or use other letters"
     )
 
 
@@ -65,10 +65,10 @@ def explained_paths() -> Iterator[None]:
         raise UserError(f"{error.filename}: cannot be used ({error.strerror}); {remedy}") from error
     except RuntimeError as error:
         if "Symlink loop" in str(error):  # pathlib's, too
-            raise UserError(f"{error}: a link leads to itself; remove it, or choose another name") from error
+            raise UserError(f"{error}: the link leads to itself; remove it, or choose another name") from error
         if "home directory" not in str(error):  # pathlib's, of a path that begins with ~
             raise
-        raise UserError("~: this user has no home folder; set HOME, or name the whole path") from error
+        raise UserError("~: this user has no home folder; set HOME, or write the full path") from error
     except UnicodeEncodeError as error:
         raise UserError(not_encoded(repr(error.object))) from error
 
@@ -88,8 +88,8 @@ def explained_disk_errors(path: str | os.PathLike[str], *, setting: str = "run_d
         number = error.errno if isinstance(error, OSError) else None
         if number in DISK_FULL or any(known in text for known in _FULL_TEXTS):
             raise UserError(
-                f"{path}: the disk is full, or your quota or file size limit is reached; nothing was left half-written "
-                f"there. Free some space or set {setting} to another disk, then run the same command again"
+                f"{path}: the disk is full, or your quota or file size limit is reached; no half-written file was "
+                f"left. Free some space or set {setting} to another disk, then run the same command again"
             ) from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(
@@ -97,5 +97,7 @@ def explained_disk_errors(path: str | os.PathLike[str], *, setting: str = "run_d
             ) from error
         if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             kind = "folder" if number == errno.EISDIR else "file"
-            raise UserError(f"{path}: a {kind} is in the way ({text}); set {setting} to another folder") from error
+            raise UserError(
+                f"{path}: a {kind} with this name exists ({text}); set {setting} to another folder"
+            ) from error
         raise

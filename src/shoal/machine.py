@@ -65,7 +65,7 @@ def disk_line(needed: int, folder: Path) -> str:
     """Whether there is room in ``folder`` for so many more bytes, in words."""
     free = free_disk(folder)
     line = f"disk: {bytes_text(needed)} needed under {folder}, {bytes_text(free)} free there"
-    return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"
+    return line if needed <= free else f"{line}: NOT ENOUGH; free some space, or set run_dir to another disk"
 
 
 def peak_memory() -> int:
@@ -129,7 +129,7 @@ def _asked(question: str, about: int | str) -> Any:
     told = subprocess.run(command, env=safe, capture_output=True, text=True, check=False)
     if told.returncode != 0:
         reason = (told.stderr.strip().splitlines() or [f"exit code {told.returncode}"])[-1]
-        raise UserError(f"device: the GPU does not answer: {reason}; see `nvidia-smi`, or set device: cpu")
+        raise UserError(f"device: the GPU does not respond: {reason}; see `nvidia-smi`, or set device: cpu")
     return json.loads(told.stdout)
 
 

@@ -45,14 +45,14 @@ def refuse_no_model(name: str) -> None:
     if name.startswith(DEMO_PREFIX):
         if name.removeprefix(DEMO_PREFIX) not in DEMO_MODELS:
             known_models = ", ".join(DEMO_PREFIX + known for known in DEMO_MODELS)
-            raise UserError(f"model {name!r}: no such demo model; there is {known_models}")
+            raise UserError(f"model {name!r}: no demo model has this name; shipped are {known_models}")
     elif Path(name).expanduser().is_file():
         raise UserError(f"model {name!r}: is a file; give the folder of a checkpoint, a Hub id or demo:<name>")
     elif (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).expanduser().exists():
-        raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
+        raise UserError(f"model {name!r}: no such folder; give an existing folder, a Hub id or demo:<name>")
 
 
 def refuse_revision(name: str, revision: str | None) -> None:
     """Refuse a revision of a model that is not on the Hub."""
     if revision is not None and (name.startswith(DEMO_PREFIX) or Path(name).expanduser().exists()):
-        raise UserError(f"model {name!r}: is not on the Hub and has no revision {revision!r}; leave the revision out")
+        raise UserError(f"model {name!r}: is not on the Hub, so it has no revision {revision!r}; remove the revision")

@@ -53,8 +53,8 @@ def _place() -> tuple[int, int, int]:
         return there[0], there[1], there[2]
     told = " ".join(f"{name}={value}" for name, value in said.items())
     raise UserError(
-        f"{told}: in the environment, and no launcher says so: it sets {', '.join(LAUNCHED)} together, the first two "
-        f"below the last; `unset {' '.join(said)}`, or start this under deepspeed or torchrun"
+        f"{told}: set in the environment, but not by a launcher, which sets {', '.join(LAUNCHED)} together (the "
+        f"first two below the last); `unset {' '.join(said)}`, or use deepspeed or torchrun"
     )
 
 
@@ -77,7 +77,9 @@ def refuse_crowd(ranks: int) -> None:
         if torch.accelerator.is_available():
             places, kind = torch.accelerator.device_count(), "devices"
     if ranks > places:
-        raise UserError(f"num_processes: {ranks} ranks, and {places} {kind} for them here; set it to {places} or fewer")
+        raise UserError(
+            f"num_processes: {ranks} ranks are more than the {places} {kind} here; set it to {places} or fewer"
+        )
 
 
 def is_main() -> bool:

@@ -66,29 +66,33 @@ def check_device(wanted: str) -> None:
     seen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "cpu" and seen is not None:
         raise UserError(
-            f"device: is cpu, and torch uses {seen.type} here already; start the process with CUDA_VISIBLE_DEVICES="
+            f"device: is cpu, but torch uses {seen.type} in this process already; start the process with "
+            "CUDA_VISIBLE_DEVICES="
         )
     if wanted == "cpu" or (seen is not None and (wanted == "auto" or seen.type == "cuda")):
         return
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     reason = "CUDA_VISIBLE_DEVICES hides all" if is_hidden else _why_unseen()
     if wanted == "cuda":
-        raise UserError(f"device: is cuda, and torch sees no such GPU: {reason}; mend that, or set device: cpu")
+        raise UserError(f"device: is cuda, but torch finds no such GPU: {reason}; fix that, or set device: cpu")
     if GPU.exists() and not is_hidden:
-        log.warning("device: all runs on the CPU, though a GPU is here: %s; set device: cpu if that is meant", reason)
+        log.warning(
+            "device: everything runs on the CPU, although this machine has a GPU: %s; set device: cpu to confirm",
+            reason,
+        )
 
 
 def _why_unseen() -> str:
     if not GPU.exists():
-        return "this machine has none of NVIDIA"
+        return "this machine has no NVIDIA GPU"
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is made without CUDA; install one that is made for it"
+        return f"torch {torch.__version__} is built without CUDA; install a build with CUDA"
     told = DRIVER.read_text(encoding="utf-8", errors="replace") if DRIVER.is_file() else ""
     version = re.search(r"\d+\.\d+(\.\d+)?", told)
-    driver = f"driver {version[0]}" if version else "a driver whose version cannot be read"
+    driver = f"driver {version[0]}" if version else "a driver of unknown version"
     return (
-        f"{driver}, and torch {torch.__version__} is made for CUDA {torch.version.cuda}; update the driver, or install "
-        "a torch for an older CUDA"
+        f"{driver}, but torch {torch.__version__} is built for CUDA {torch.version.cuda}; update the driver, or "
+        "install a torch for an older CUDA"
     )
 
 
@@ -219,8 +223,8 @@ def everyone_sees(path: Path) -> bool:
     while not (path.parent.is_dir() and path.name in os.listdir(path.parent)):
         if time.monotonic() - begun > SEEN_S:
             raise UserError(
-                f"{path}: rank 0 has it, and rank {rank()} does not see it after {SEEN_S} s; "
-                "choose a run_dir on a disk that all nodes share"
+                f"{path}: rank 0 wrote it, but rank {rank()} does not see it after {SEEN_S} s; choose a run_dir on a "
+                "disk that all nodes share"
             )
         time.sleep(0.5)
     return True

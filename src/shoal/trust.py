@@ -74,8 +74,8 @@ def _key_at(folder: Path) -> bytes | None:
             key = handle.read()
             if os.fstat(handle.fileno()).st_uid == os.geteuid() and len(key) == KEY_BYTES:
                 return key
-        problem = "is not a key of yours"
+        problem = "is not your key"
     except OSError as error:
         problem = error.strerror
-    log.warning("%s: %s; nothing is signed, and going on from it will need %s. Set SHOAL_CACHE", file, problem, CONSENT)
+    log.warning("%s: %s; nothing is signed, and resuming from it will need %s. Set SHOAL_CACHE", file, problem, CONSENT)
     return None

@@ -21,11 +21,11 @@ def read_yaml(text: str) -> Any:
         YAMLError: it is not YAML, a mapping holds a key twice, a text holds the character NUL, or it is too long.
     """
     if len(text) > MOST_CHARACTERS:
-        raise YAMLError(f"{len(text):,} characters are more than the {MOST_CHARACTERS:,} that are read; shorten it")
+        raise YAMLError(f"{len(text):,} characters are more than the limit of {MOST_CHARACTERS:,}; shorten it")
     try:
         return yaml.load(text, Loader=_Loader)
     except (ValueError, AttributeError, TypeError, RecursionError) as error:  # `!!int x`, ten thousand brackets, ...
-        raise YAMLError(f"{error}; leave out explicit !!tags and deep nesting") from error
+        raise YAMLError(f"{error}; remove explicit !!tags and deep nesting") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
         """The whole text as nodes, of which aliases are shared; what goes through its values meets them every time."""
         node = super().get_single_node()
         if (count := _num_values(node, {})) > MOST_VALUES:
-            raise YAMLError(f"aliases stand for {count:,} values; write out what is meant")
+            raise YAMLError(f"aliases expand to {count:,} values; write the values themselves")
         return node
 
 

@@ -127,7 +127,7 @@ def test_multi_token_prediction_is_left_out(name: str, tmp_path: Path, caplog: p
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, name: torch.zeros(4)}, folder / "model.safetensors", metadata={"format": "pt"})
     apply_plan(folder, plan((1,)), tmp_path / "student")
-    assert f"1 tensors behind the last layer ({name}, ...) are left out" in caplog.text
+    assert f"1 tensors after the last layer ({name}, ...) are left out" in caplog.text
     assert sum(len(shard.tensors) for shard in read_shards(tmp_path / "student")) == len(tensors) - 9
 
 
@@ -209,7 +209,8 @@ def test_model_that_does_not_fit_into_memory_is_proven_by_its_files_and_says_so(
         context.setattr(teacher_module, "load_model", never)
         apply_plan(folder, plan((1,)), tmp_path / "student")
     assert re.search(
-        r"running the model takes \d+ kB of memory and \d+ kB are free; so it is proven by its files", caplog.text
+        r"running the model takes \d+ kB of memory, and \d+ kB are free; so the student was checked by its files",
+        caplog.text,
     )
 
 
@@ -241,7 +242,7 @@ def full_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_full_disk_is_explained_and_leaves_nothing(calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sharded(tmp_path, "llama")
     full_after(calls, monkeypatch)
-    with pytest.raises(UserError, match=r"disk is full.*nothing was left half-written"):
+    with pytest.raises(UserError, match=r"disk is full.*no half-written file was left"):
         apply_plan(folder, plan((1,)), tmp_path / "student")
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 

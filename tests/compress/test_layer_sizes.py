@@ -164,7 +164,7 @@ def test_what_is_spared_is_passed_over() -> None:
     settings = prune_to({"params": 1200}, metric="block_influence", spare=["retrieval"])
     scores = replace(swept, layers={"block_influence": SCORES})
     choice = choose_changes(settings, num_layers=6, importance=scores, goals=goals)
-    assert "nothing significant spent on" in choice.reason
+    assert "no significant loss on" in choice.reason
     assert goals.reached(choice.drop)
 
 
@@ -177,8 +177,8 @@ def test_a_stand_in_reaches_the_target_before_there_are_scores() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ({"params": 1265}, r"nothing has to go, because all of it holds already: params 1,265"),
-        ({"memory_gb": 1}, r"nothing has to go, because all of it holds already: memory_gb .* \(asked: 1\)"),
+        ({"params": 1265}, r"all of it holds without dropping a layer: params 1,265"),
+        ({"memory_gb": 1}, r"all of it holds without dropping a layer: memory_gb .* \(asked: 1\)"),
     ],
 )
 def test_a_target_that_the_model_reaches_is_refused(target: dict[str, Any], message: str) -> None:
@@ -190,16 +190,16 @@ def test_a_target_that_the_model_reaches_is_refused(target: dict[str, Any], mess
 def test_what_no_choice_reaches_is_refused_before_anything_is_measured() -> None:
     settings = prune_to({"params": 200}, protect=[])
     goals = goals_of(settings.target, sizes())
-    with pytest.raises(UserError, match=r"is not reached by dropping every layer that is free to go; the nearest is"):
+    with pytest.raises(UserError, match=r"is not reached by dropping every layer that may be dropped; the nearest is"):
         stand_in(settings, num_layers=6, goals=goals)
     unknown = replace(sizes(), cost=replace(sizes().cost, cache=None))
     memory = prune_to({"memory_gb": 1}).target
-    with pytest.raises(UserError, match=r"memory_gb: the cache of this family cannot be told"):
+    with pytest.raises(UserError, match=r"memory_gb: the cache of this family is only known by running it"):
         goals_of(memory, unknown)
 
 
 def test_another_amount_beside_a_target_is_refused() -> None:
     with pytest.raises(UserError, match=r"prune: num_drop and target exclude each other; give one of them"):
         prune_to({"params": 100}, num_drop=2)
-    with pytest.raises(UserError, match=r"prune.target: batch_size and sequence_length are of memory_gb and speedup"):
+    with pytest.raises(UserError, match=r"prune.target: batch_size and sequence_length need memory_gb or speedup"):
         prune_to({"params": 100, "batch_size": 2})

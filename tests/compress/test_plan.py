@@ -80,7 +80,7 @@ def test_an_eighth_goes_where_nothing_is_said(num_layers: int, count: int) -> No
 
 def test_a_run_longer_than_was_measured_is_refused() -> None:
     scores = importance(laco_acceptance=((0.1,) * NUM_LAYERS, (0.2,) * (NUM_LAYERS - 1)))
-    with pytest.raises(UserError, match=r"runs of up to 2 layers, but 3 are to go; drop fewer, or choose"):
+    with pytest.raises(UserError, match=r"runs of up to 2 layers, but 3 are to be dropped; drop fewer, or choose"):
         choose(scores, num_drop=3, contiguous=True, metric="laco_acceptance", protect=())
 
 
@@ -170,7 +170,7 @@ def test_spared_abilities_keep_their_critical_layers() -> None:
     assert change(num_drop=2, protect=()).drop == (1, 2)
     choice = change(num_drop=2, protect=(), spare=("retrieval/continuation",))
     assert choice.drop == (1, 5)
-    assert choice.reason.endswith("; layers 0, 2 protected; nothing significant spent on retrieval_continuation")
+    assert choice.reason.endswith("; layers 0, 2 protected; no significant loss on retrieval_continuation")
     assert change(num_drop=3, protect=(), spare=("retrieval/continuation",)).drop == (1, 4, 5)
     assert change(num_drop=3, protect=(), spare=("retrieval",)).drop == (1, 3, 5)
     with pytest.raises(UserError, match=r"only 3 of 6 are not protected .* shorten prune.protect or prune.spare"):
@@ -195,12 +195,13 @@ def test_losses_that_are_small_alone_may_not_add_up() -> None:
     assert joint_change(column, (1,)).high > 0 > joint_change(column, (1, 2, 3, 4)).high
     with pytest.raises(UserError, match=r"only 1|only 2|only 3") as refused:
         change(scores, num_drop=5, protect=(), spare=("retrieval",))
-    assert "can go without a significant loss on retrieval_continuation, by the sum of their single removals" in str(
-        refused.value
+    assert (
+        "can be dropped without a significant loss on retrieval_continuation (estimated from single removals)"
+        in str(refused.value)
     )
-    with pytest.raises(UserError, match="go without a significant loss"):
+    with pytest.raises(UserError, match="be dropped without a significant loss"):
         change(scores, num_drop=4, protect=(), contiguous=True, spare=("retrieval",))
-    with pytest.raises(UserError, match="go without a significant loss"):
+    with pytest.raises(UserError, match="be dropped without a significant loss"):
         change(
             replace(scores, orders={"sleb": tuple(Removal(Component((layer,)), 0.0) for layer in range(1, 6))}),
             num_drop=5,
@@ -241,9 +242,7 @@ def test_joint_change_is_the_sum_with_the_interval_of_correlated_changes() -> No
 
 def test_expected_sacrifice_names_every_column_and_the_critical_layers() -> None:
     head, *lines = expected_sacrifice(swept(), (2, 3))
-    assert head.startswith(
-        "expected sacrifice before any distillation, added up over removals of single layers (a rough"
-    )
+    assert head.startswith("expected loss before distillation, added up over single removals (a rough")
     assert lines[0].startswith("  retrieval_continuation (continuation): 80.0 % -> 42.5 %, −37.5 points [−")
     assert lines[0].endswith("n = 80; critical here: layer 2")
     assert lines[2].startswith("  knowledge_continuation (continuation): 80.0 % -> 80.0 %, 0.0 points [")

@@ -125,7 +125,7 @@ def test_a_task_file_says_its_column_and_no_other_word(tmp_path: Path) -> None:
     (score, _) = run(**own_task(tmp_path, MULTIPLE + "metadata: {column: out}\n", rows))
     assert score.column == "out"
     wrong = own_task(tmp_path, MULTIPLE + "metadata: {column: outside}\n", rows)
-    with pytest.raises(UserError, match=r"metadata: column is 'outside', which is one of in, reworded, out, public"):
+    with pytest.raises(UserError, match=r"metadata: column is 'outside', but must be one of in, reworded, out, public"):
         run(**wrong)
 
 
@@ -133,7 +133,7 @@ def test_a_task_file_says_its_column_and_no_other_word(tmp_path: Path) -> None:
 def test_a_chance_or_level_that_is_none_is_refused_before_anything_is_scored(wrong: str, tmp_path: Path) -> None:
     rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}]
     own_task(tmp_path, f"{MULTIPLE}metadata: {{{wrong}}}\n", rows)
-    with pytest.raises(UserError, match=r"'own': metadata: .*; correct it, or leave it out"):
+    with pytest.raises(UserError, match=r"'own': metadata: .*; correct it, or remove the task"):
         load_tasks(["own"], include_path=tmp_path)
 
 

@@ -156,7 +156,7 @@ def test_a_stop_is_said_in_one_line(
     child.join(60)
     assert child.exitcode == 128 + number
     said = [line for line in capfd.readouterr().err.partition("now\n")[2].splitlines() if line]
-    assert said == ["shoal: stopped; what is answered or finished is kept, and the same command goes on from there"]
+    assert said == ["shoal: stopped; answered and finished work is kept, and the same command resumes from there"]
     monkeypatch.setattr(prune, "prune", lambda _: None)
     assert run_verb("prune", recipe, []) == 0
     assert signal.getsignal(number) is before
@@ -226,7 +226,7 @@ def test_several_ranks_share_every_stage(
         (Launcher(143), 143, ""),
         (Launcher(130, signal.SIGINT), 130, ""),
         (Launcher(254, signal.SIGINT), 130, f"shoal: stopped; {GOES_ON}"),
-        (Launcher(0, signal.SIGTERM), 143, "shoal: stopped; the stage had just ended, and the same command goes on"),
+        (Launcher(0, signal.SIGTERM), 143, "shoal: stopped; the stage had just ended, and the same command resumes"),
     ],
 )
 def test_failed_distill_says_how_and_passes_its_exit_code_on(
@@ -352,8 +352,13 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIO
         (f"{SHOAL} prune r.yaml", ASCII, 2, SAID.replace("è", r"\xe8")),
         (f"{SHOAL} prune r.yaml 2>&-", {}, 2, ""),
         (f"{SHOAL} prune r.yaml 2>/dev/full", {}, 2, ""),
-        (f"{SHOAL} prune modèle.yaml", ASCII, 2, "is no text in the encoding of this locale ("),
-        (f"{SHOAL} explain seed >/dev/full", {}, 2, "shoal: error: standard output: takes no more (No space left on"),
+        (f"{SHOAL} prune modèle.yaml", ASCII, 2, "contains letters that the encoding of this locale ("),
+        (
+            f"{SHOAL} explain seed >/dev/full",
+            {},
+            2,
+            "shoal: error: standard output: cannot be written (No space left on",
+        ),
         (f"{SHOAL} explain seed >&-", {}, 0, ""),
         (f"{SHOAL.partition(' ')[0]} -c {shlex.quote(PRINTED)} >&2", ASCII, 0, r"mod\xe8le"),
         (f"{SHOAL} explain seed | head -c 1 >&2", {"COLUMNS": "", "TERM": "dumb"}, 0, "s"),

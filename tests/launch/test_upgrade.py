@@ -50,7 +50,7 @@ def test_words_are_replaced_and_what_is_more_than_a_word_is_told(
     assert main([str(file)]) == 1
     out, err = capsys.readouterr()
     assert safe_load(out) == NEW
-    told = [line.partition(": gone since 0.1; ")[0] for line in err.splitlines()]
+    told = [line.partition(": removed in 0.1; ")[0] for line in err.splitlines()]
     assert told == ["prune.rounds", "eval.limits"]
     parse_recipe(safe_load(out))
 

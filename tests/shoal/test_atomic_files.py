@@ -140,9 +140,9 @@ def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path: Pat
 def test_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "x", tmp_path / "file" / "deep" / "x"):
-        with pytest.raises(UserError, match=r"a file is in the way .* set run_dir to another folder"):
+        with pytest.raises(UserError, match=r"a file with this name exists .* set run_dir to another folder"):
             write_text(path, "")
-        with pytest.raises(UserError, match="a file is in the way"), written_folder(path):
+        with pytest.raises(UserError, match="a file with this name exists"), written_folder(path):
             pass
 
 
@@ -187,7 +187,7 @@ def test_a_lock_that_is_another_file_is_refused_and_the_file_left(tmp_path: Path
     (tmp_path / "mine").write_text("precious")
     link(tmp_path / "mine", tmp_path / ".lock")
     with (
-        pytest.raises(UserError, match=r"\.lock: is a link to another file"),
+        pytest.raises(UserError, match=r"\.lock: a link to another file"),
         only_process(tmp_path / ".lock", "x", wait_s=0),
     ):
         pass

@@ -42,5 +42,5 @@ def test_no_name_of_a_run_is_a_model_before_there_is_any(tmp_path: Path, monkeyp
 
 def test_a_run_directory_goes_before_the_model_in_it(tmp_path: Path) -> None:
     (tmp_path / "cut/recipe.yaml").write_text("model: demo:smollm2-135m\n")
-    with pytest.raises(UserError, match="has no signature of yours"):
+    with pytest.raises(UserError, match="is not signed with your key"):
         load_recipe("cut")

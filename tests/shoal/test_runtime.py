@@ -108,7 +108,9 @@ def test_groups_that_libraries_make_have_the_timeout_of_training() -> None:
 
 
 OLD = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\n"
-UNSEEN = "driver 470.57.02, and torch .* is made for CUDA 13.0; update the driver, or install a torch for an older CUDA"
+UNSEEN = (
+    "driver 470.57.02, but torch .* is built for CUDA 13.0; update the driver, or install a torch for an older CUDA"
+)
 
 
 @pytest.fixture
@@ -130,14 +132,16 @@ def test_a_gpu_that_torch_does_not_see_is_told_with_its_driver(
     check_device("cpu")
     assert not caplog.text
     check_device("auto")
-    assert re.search(f"device: all runs on the CPU, though a GPU is here: {UNSEEN}; set device: cpu", caplog.text)
-    with pytest.raises(UserError, match=f"^device: is cuda, and torch sees no such GPU: {UNSEEN}; mend that"):
+    assert re.search(
+        f"device: everything runs on the CPU, although this machine has a GPU: {UNSEEN}; set device: cpu", caplog.text
+    )
+    with pytest.raises(UserError, match=f"^device: is cuda, but torch finds no such GPU: {UNSEEN}; mend that"):
         check_device("cuda")
     (machine / "version").unlink()
-    with pytest.raises(UserError, match="a driver whose version cannot be read"):
+    with pytest.raises(UserError, match="a driver of unknown version"):
         check_device("cuda")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(UserError, match="is made without CUDA"):
+    with pytest.raises(UserError, match="is built without CUDA"):
         check_device("cuda")
 
 
@@ -152,7 +156,7 @@ def test_without_a_gpu_nothing_is_said_unless_the_recipe_insists(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     check_device("auto")
     assert not caplog.text
-    with pytest.raises(UserError, match="this machine has none of NVIDIA"):
+    with pytest.raises(UserError, match="this machine has no NVIDIA GPU"):
         check_device("cuda")
 
 

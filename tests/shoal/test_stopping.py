@@ -27,7 +27,7 @@ def test_ctrl_c_ends_a_stage_at_once(teacher: Path, tmp_path: Path) -> None:
     wait_for(lambda: "measure: " in shoal.said, "measuring")
     said = shoal.stop(signal.SIGINT)
     assert shoal.process.returncode == 130, shoal.said
-    assert said[-1] == ("shoal: stopped; what is answered or finished is kept, and the same command goes on from there")
+    assert said[-1] == ("shoal: stopped; answered and finished work is kept, and the same command resumes from there")
     assert "Traceback" not in shoal.said
 
 

@@ -123,7 +123,7 @@ def speed() -> Speed:
         )
 
     roles = {role: score(role, factor) for role, factor in (("teacher", 1.0), ("pruned", 1.5), ("distilled", 1.5))}
-    left_out = ("batch size 16 is left out: teacher would need 9.0 GB besides its weights, and 4.0 GB are free",)
+    left_out = ("batch size 16 is skipped: teacher would need 9.0 GB on top of its weights, and 4.0 GB are free",)
     return Speed(provenance(), roles, 1, 128, 32, "float32", left_out)
 
 

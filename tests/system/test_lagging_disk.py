@@ -31,7 +31,7 @@ def test_ranks_of_nodes_that_see_files_late_do_what_those_of_one_machine_do(
     assert stopped.result is not None
     assert stopped.result.returncode == 143, stopped.log[-3000:]
     went_on = finished(run(apart, MEASURED, ranks=2, before=late))
-    assert "going on from" in went_on.log
+    assert "resuming from" in went_on.log
     assert "checkpoint-5" in went_on.log
     reference = finished(run(whole, MEASURED, ranks=2))
     assert went_on.curve() == reference.curve()

@@ -122,7 +122,7 @@ def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(
         run_dir = path.parent / "run"
         unfinish(run_dir, keep=STEPS // 2)
         log = finished(distill(path, half, ranks=ranks_later))
-        assert f"going on from {run_dir}/checkpoints/checkpoint-{STEPS // 2}" in log
+        assert f"resuming from {run_dir}/checkpoints/checkpoint-{STEPS // 2}" in log
         assert ("made to fit" in log) == (zero != "zero0")
         same_as(reference, path)
 
@@ -239,7 +239,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(long_reference, pruned, tmp_pa
     assert not (path.parent / "run" / "distilled").exists()
 
     log = finished(distill(path, ranks=2))
-    assert "going on from" in log
+    assert "resuming from" in log
     assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
 
 
@@ -257,9 +257,9 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_le
         said.seek(0)
         log = said.read()
     assert waiting.exitcode
-    assert f"rank 1 (host {socket.gethostname()}, process {late.pid}) gives no sign of life" in log
+    assert f"rank 1 (host {socket.gethostname()}, process {late.pid}) does not respond" in log
     assert "the same command goes on from the last checkpoint" in log
-    assert "going on from" in finished(distill(path))
+    assert "resuming from" in finished(distill(path))
     assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
 
 
@@ -275,7 +275,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_referen
         log = said.read()
     assert rank.exitcode == 143, log[-2000:]
     assert re.search(r"stopped at step \d+ of 60 \(SIGTERM\), saved; the same command goes on", log)
-    assert "going on from" in finished(distill(path))
+    assert "resuming from" in finished(distill(path))
     assert curve(path, MANY_STEPS) == curve(long_reference, MANY_STEPS)
     ours, theirs = (load_file(p.parent / "run" / "distilled" / "model.safetensors") for p in (path, long_reference))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

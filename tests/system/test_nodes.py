@@ -146,7 +146,7 @@ def test_a_slurm_job_on_two_nodes_goes_on_when_it_is_requeued_and_ends_with_the_
     assert not (recipes[1].parent / "run/distilled").exists()
     again = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "going on from" in again.stderr
+    assert "resuming from" in again.stderr
     equal_to_one_node(*recipes)
 
 
@@ -163,7 +163,7 @@ def test_torchrun_on_two_nodes_begins_again_from_the_last_checkpoint_when_a_rank
     rank.kill()
     logs = [process.communicate(timeout=300)[1] for process in launched]
     assert [process.returncode for process in launched] == [0, 0], logs[0][-3000:] + logs[1][-3000:]
-    assert "going on from" in logs[0]
+    assert "resuming from" in logs[0]
     equal_to_one_node(*recipes)
 
 

@@ -99,7 +99,7 @@ def test_the_control_has_lost_nothing_and_learns_the_text(student: Trial, both: 
 
 def test_a_killed_control_goes_on_with_the_same_curve(both: Trial, tmp_path) -> None:
     trial = finished(run(unfinished(both, tmp_path / "on", step=6, part="control"), CONTROL))
-    assert f"going on from {trial.dir}/control/checkpoints/checkpoint-6" in trial.log
+    assert f"resuming from {trial.dir}/control/checkpoints/checkpoint-6" in trial.log
     for name in TERMS:
         assert control_curve(trial, name) == control_curve(both, name)
     weights = control_of(trial)

@@ -255,41 +255,47 @@ def all_frozen() -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"teacher_model": None}, r"teacher_model: is missing, and the losses compare the student with one"),
+        ({"teacher_model": None}, r"teacher_model: is missing, and the losses compare the student with a teacher"),
         (
             {"model": tiny_model("llama", vocab_size=300)},
             r"teacher llama has 272 vocabulary entries and student llama has 300",
         ),
         (
             {"losses": "hidden_states", "model": of_unknown_cut()},
-            r"drop: trainable 'all' or a loss on states has to know which of .* 6 layers",
+            r"drop: trainable 'all' or a loss on states needs the teacher's layers \(of 6",
         ),
         (
             {"trainable": "near_gaps", "model": of_unknown_cut()},
-            r"drop: trainable 'near_gaps' or a loss on states has to",
+            r"drop: trainable 'near_gaps' or a loss on states needs",
         ),
-        ({"drop": (1, 3)}, r"drop: is \[1, 3\], and by its configuration the student lacks \[2, 3\]; give the layers"),
+        (
+            {"drop": (1, 3)},
+            r"drop: \[1, 3\] contradicts the student's config, which lists \[2, 3\] as dropped; pass the layers",
+        ),
         (
             {"trainable": "from_first_cut", "drop": (2, 3), "model": of_unknown_cut((1, 2))},
-            r"model: its layer 1 should be the teacher's, .* give drop=Plan.load",
+            r"model: the weights of its layer 1 differ from the teacher's, .* pass drop=Plan.load",
         ),
         (
             {"trainable": "from_first_cut", "model": with_other_embeddings()},
-            r"model: the embeddings should be the teacher's, .* set trainable to 'layers' or 'all'",
+            r"model: the weights of the embeddings differ from the teacher's, .* set trainable to 'layers' or 'all'",
         ),
         (
             {"compute_metrics": print},
-            r"shoal.DistillationTrainer: compute_metrics: is no argument besides callbacks, optimizers, drop; settings",
+            r"shoal.DistillationTrainer: compute_metrics: is an unknown argument; known are callbacks, opt",
         ),
-        ({"peft_config": Lora(load_in_4bit=True)}, r"peft_config: 4-bit weights and ZeRO 3 need the student's files"),
-        ({"peft_config": LoraConfig(use_dora=True)}, r"peft_config.use_dora: is True; leave it out, adapters here are"),
+        (
+            {"peft_config": Lora(load_in_4bit=True)},
+            r"peft_config: 4-bit weights and ZeRO 3 can only merge adapters with the student's files",
+        ),
+        ({"peft_config": LoraConfig(use_dora=True)}, r"peft_config.use_dora: is True; remove it, adapters here are"),
         (
             {"peft_config": LoraConfig(target_modules=".*proj")},
             r"peft_config.target_modules: is '.\*proj'; leave it out",
         ),
         (
             {"teacher_model_init_kwargs": {"dtype": "float32"}},
-            r"teacher_model_init_kwargs: is for a teacher that is na",
+            r"teacher_model_init_kwargs: applies only to a teacher given",
         ),
         (
             {"losses": "forwards_kl"},
@@ -297,12 +303,12 @@ def all_frozen() -> PreTrainedModel:
         ),
         ({"model": with_unknown_attention()}, r"model: its attention is paged.sdpa, of which llama is not known"),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
-        ({"model": all_frozen(), "trainable": None}, r"model: none of its weights asks for a gradient; set trainable"),
+        ({"model": all_frozen(), "trainable": None}, r"model: no weight requires a gradient; set trainable"),
         ({"args": {"label_smoothing_factor": 0.1}}, r"args.label_smoothing_factor: the loss is `losses`"),
         ({"args": {"average_tokens_across_devices": False}}, r"args.average_tokens_across_devices: the loss is always"),
         (
             {"args": {"deepspeed": {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.5}}},
-            r"args.deepspeed: ds gradient_clipping=0.5 vs hf max_grad_norm=1.0; set the former to .auto.",
+            r"args.deepspeed: ds gradient_clipping=0.5 vs hf max_grad_norm=1.0; set the first to .auto.",
         ),
     ],
 )

@@ -69,7 +69,7 @@ def newest(run_dir: Path) -> int:
 def goes_on(trial: Trial, kept: int) -> Trial:
     """The end of a training that had a checkpoint of the step ``kept``, which it went on from, or from a later one."""
     trial = finished(trial)
-    (told,) = (line for line in trial.log.splitlines() if "going on from" in line)
+    (told,) = (line for line in trial.log.splitlines() if "resuming from" in line)
     assert int(told.rpartition("checkpoint-")[2]) >= kept > 0
     return trial
 
@@ -100,7 +100,7 @@ def test_a_killed_process(
         time.sleep(chance.uniform(0, 0.1))
         before, started = newest(tmp_path / "run"), shoal.children()
         assert started, shoal.said[-3000:]
-        assert not kept or f"going on from {tmp_path}/run/checkpoints/checkpoint-" in shoal.said
+        assert not kept or f"resuming from {tmp_path}/run/checkpoints/checkpoint-" in shoal.said
         chance.choice(VICTIMS[victim](shoal)).send_signal(number)
         shoal.process.wait(timeout=60)
         if victim == "shoal":
@@ -192,7 +192,7 @@ def test_a_clock_that_is_set_back(undisturbed: Trial, pruned: Any, tmp_path: Pat
         stopped = run(path, ranks=2, before=partial(all_of, set_back, partial(terminate, step)))
         assert stopped.result is not None
         assert stopped.result.returncode == 143, stopped.log[-3000:]
-        assert kept == 0 or "going on from" in stopped.log
+        assert kept == 0 or "resuming from" in stopped.log
         kept = newest(tmp_path / "run")
         assert kept == step
         for file in (tmp_path / f"run/checkpoints/checkpoint-{kept}").rglob("*"):

@@ -123,13 +123,13 @@ def test_what_cannot_be_learnt_from_is_refused_before_training(
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"image": str(torn)}, r"distill.data: row 1 of .*bad.jsonl: .*torn.png cannot be read as an image"),
         ({"image": "no.png"}, r"row 1 of .*: .*no.png cannot be read as an image \(.*No such file"),
-        ({"image": None}, r"row 1 of .*: names no image in column 'image'"),
-        ({"answer": ""}, r"row 1 of .*: .* or no answer in 'answer'; every row needs all three"),
+        ({"image": None}, r"row 1 of .*: column 'image' has no image"),
+        ({"answer": ""}, r"row 1 of .*: .* or 'answer' no answer; fill in all three"),
     ]
     for changes, message in wrong:
         with pytest.raises(UserError, match=message):
             checked(**changes)
-    with pytest.raises(UserError, match=r"distill.data: .* reads no images; leave out the sources"):
+    with pytest.raises(UserError, match=r"distill.data: .* does not read images; remove the sources"):
         checked(teacher)
     with pytest.raises(UserError, match=r"no image with its question and answer fits into a row; raise sequence"):
         checked(length=8)

@@ -64,7 +64,7 @@ def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
     kept = [*(path.parent / "run/checkpoints").glob("checkpoint-*")]
     assert len(kept) == (step == 6), "what was being written is no checkpoint"
     added = "distill.trainer.per_device_train_batch_size=2"
-    assert f"To take less, add {added}" in refused.log
+    assert f"To use less, add {added}" in refused.log
     assert finished(run(path, added)).curve() == pytest.approx(plain.curve(), abs=1e-5)
 
 

@@ -195,7 +195,7 @@ def test_a_step_that_is_no_number_ends_the_run_before_it_is_saved(teacher, cut, 
     refused = run(path, ranks=2, before=hook)
     assert refused.result is not None
     assert refused.result.returncode == 2, refused.log[-3000:]
-    assert f"step 3: {problem}; the step's batch is in {refused.dir}/refused/step-3" in refused.log
+    assert f"step 3: {problem}. The batch is saved in {refused.dir}/refused/step-3" in refused.log
     assert "Traceback" not in refused.log
     assert kept_batches(refused, 3) == dealt_rows(refused, 3)
     complete = (file.parent.name for file in refused.dir.glob(f"checkpoints/*/{MANIFEST}"))
@@ -258,7 +258,7 @@ def test_a_training_goes_on_while_a_checkpoint_is_written_which_does_not_count_b
     kept = {file.name: (file / MANIFEST).is_file() for file in (killed.dir / "checkpoints").iterdir()}
     assert kept == {"checkpoint-2": True, "checkpoint-4": False}
     went_on = finished(run(path, ranks=ranks))
-    assert "checkpoint-4: was not finished; going back to the checkpoint before it" in went_on.log
+    assert "checkpoint-4: was not finished; resuming from the checkpoint before it" in went_on.log
     whole = finished(run(recipe(tmp_path / "whole", teacher, cut, deepspeed=f"zero{stage}", **KEEPING), ranks=ranks))
     assert went_on.curve() == whole.curve()
     assert all(torch.equal(weight, whole.weights()[name]) for name, weight in went_on.weights().items())
@@ -303,7 +303,7 @@ def test_a_spike_ends_the_run_and_a_resume_knows_what_is_usual(teacher, cut, tmp
         assert re.search(
             r"step 18: the loss is .*, more than distill\.stop_on_spike: 10 times .* the 17 steps before", refused.log
         )
-        assert ("going on from" in refused.log) == (lives == 1)
+        assert ("resuming from" in refused.log) == (lives == 1)
         assert kept_batches(refused, steps) == dealt_rows(refused, steps)
 
 
@@ -410,7 +410,7 @@ def test_a_recorded_prefix_gives_the_curve_of_running_it_also_after_a_stop(teach
     assert prefix.training.settings["shared_layers"] == 2
     if stopped:
         went_on = finished(run(unfinished(prefix, tmp_path / "on", step=4)))
-        assert "going on from" in went_on.log
+        assert "resuming from" in went_on.log
         assert went_on.curve() == prefix.curve()
         assert all(torch.equal(weight, prefix.weights()[name]) for name, weight in went_on.weights().items())
         return

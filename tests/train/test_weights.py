@@ -61,7 +61,7 @@ def test_a_training_in_bfloat16_weights_goes_on_bit_for_bit(
     if stage > 1:
         whole = trained(tmp_path / "whole", teacher, cut, **BFLOAT16, deepspeed=f"zero{stage}")
     on = finished(run(unfinished(whole, tmp_path / "on", step=4)))
-    assert "going on from" in on.log
+    assert "resuming from" in on.log
     assert on.curve() == whole.curve()
     for name, weight in whole.weights().items():
         assert torch.equal(weight, on.weights()[name]), name

@@ -166,14 +166,14 @@ def test_only_right_answers_are_kept_where_that_is_asked_for(tmp_path):
     def never_right(prompts, numbers):
         return [tiny_tokenizer()("I do not know")["input_ids"] for _ in numbers]
 
-    with pytest.raises(UserError, match=r"nothing that the teacher wrote can be kept \(.* written, .* wrong\)"):
+    with pytest.raises(UserError, match=r"none of the teacher's texts can be kept \(.* written, .* wrong\)"):
         write(tmp_path / "other", settings, never_right, **asked)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"type": "text", "text": "4"}], "the last assistant turn is no text .*generate.keep: all"),
+        ([{"type": "text", "text": "4"}], "the last assistant turn is not a text .*generate.keep: all"),
         (4, "the content of a turn in 'messages' is int, not text"),
     ],
 )
@@ -190,7 +190,11 @@ def test_an_answer_that_is_no_text_is_refused_before_anything_is_written(tmp_pat
 @pytest.mark.parametrize(
     ("rows", "how", "message"),
     [
-        ([{"text": "too short"}], {"prompt_tokens": 30}, r"no text has 30 tokens for the teacher to go on from; lower"),
+        (
+            [{"text": "too short"}],
+            {"prompt_tokens": 30},
+            r"no text has the 30 tokens that the teacher starts from; lower",
+        ),
         ([{"text": "a text"}], {"keep": "correct"}, r"holds texts, and generate.keep: correct compares answers; name"),
         (
             [{"prompt": "Why?" * 20, "completion": "So."}],

@@ -63,8 +63,9 @@ def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, in
     rows = int(micro_batch or max(n for n in range(1, default + 1) if per_rank % n == 0))
     if rest or per_rank % rows:
         raise UserError(
-            f"distill.batch_size: {settings.batch_size} rows do not divide over {ranks} ranks by "
-            f"distill.trainer.per_device_train_batch_size {rows}; choose a multiple of both, or another number of ranks"
+            f"distill.batch_size: {settings.batch_size} rows cannot be divided over {ranks} ranks by "
+            f"distill.trainer.per_device_train_batch_size {rows}; choose a multiple of both, or another number of "
+            "ranks"
         )
     return rows, per_rank // rows
 
@@ -155,7 +156,7 @@ def check_names(settings: Distill, *, ranks: int | None = None) -> None:
     if settings.batch_size is not None and "gradient_accumulation_steps" in trainer:
         raise UserError(
             f"distill.trainer.gradient_accumulation_steps: follows from distill.batch_size ({settings.batch_size}); "
-            "leave one of them out"
+            "remove one of them"
         )
     hints = get_type_hints(TrainingArguments)
     for name, value in trainer.items():
@@ -179,7 +180,7 @@ def refuse_mismatches(asked: HfTrainerDeepSpeedConfig, place: str) -> None:
     """Refuse numbers of a DeepSpeed configuration, named by ``place``, that are others than the training arguments'."""
     if asked.mismatches:
         told = "; ".join(mismatch.removeprefix("- ") for mismatch in asked.mismatches)
-        raise UserError(f'{place}: {told}; set the former to "auto", or change the latter')
+        raise UserError(f'{place}: {told}; set the first to "auto", or change the second')
 
 
 def _problem(name: str, value: Any, hint: Any) -> str | None:
@@ -202,16 +203,16 @@ def _check_makers(given: Mapping[str, Any]) -> None:
         get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=10, scheduler_specific_kwargs=settings)
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"distill.trainer.lr_scheduler_kwargs: {settings} do not go with lr_scheduler_type {name} ({error}); mend "
-            "them, or choose another"
+            f"distill.trainer.lr_scheduler_kwargs: {settings} do not fit lr_scheduler_type {name} ({error}); fix "
+            "them, or choose another type"
         ) from error
     try:
         Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**given))  # pyright: ignore[reportArgumentType]
     except (ImportError, ValueError) as error:
         if isinstance(error, ImportError) or "install" in str(error):
             raise UserError(
-                f"distill.trainer.optim: {given['optim']} needs what is not installed ({error}); install it, or choose "
-                "another, such as adamw_torch"
+                f"distill.trainer.optim: {given['optim']} needs a package that is not installed ({error}); install "
+                "it, or choose another optimizer, such as adamw_torch"
             ) from error
 
 
@@ -260,7 +261,8 @@ class DeepSpeed:
         entry = self.config.get("optimizer", {})
         if entry and "optim" in trainer:
             log.warning(
-                "distill.trainer.optim: %s has no effect, the DeepSpeed configuration names %s; leave one of them out",
+                "distill.trainer.optim: %s has no effect, because the DeepSpeed configuration names %s; remove one "
+                "of them",
                 trainer["optim"],
                 entry["type"],
             )
@@ -268,8 +270,8 @@ class DeepSpeed:
         forced = self.config.get("zero_force_ds_cpu_optimizer", True)
         if self.offloads("offload_optimizer") and forced and not torch_adam:
             log.warning(
-                "distill.deepspeed: the offloaded optimizer is DeepSpeed's own CPU Adam, which does not resume bit by "
-                "bit; leave `optimizer` and zero_force_ds_cpu_optimizer out where that matters"
+                "distill.deepspeed: the offloaded optimizer is DeepSpeed's own CPU Adam, which does not resume bit "
+                "by bit; for exact resuming, remove `optimizer` and zero_force_ds_cpu_optimizer"
             )
 
 
@@ -321,12 +323,12 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
     )
     yield (
         "scheduler" in config,
-        "distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer",
+        "distill.deepspeed: `scheduler` is not supported; set lr_scheduler_type under distill.trainer",
     )
     yield (
         "datastates_ckpt" in config or bool((config.get("checkpoint") or {}).get("writer")),
-        "distill.deepspeed: leave checkpoint.writer and datastates_ckpt out; checkpoints are written while training "
-        "goes on without them",
+        "distill.deepspeed: checkpoint.writer and datastates_ckpt are not supported, since shoal writes checkpoints "
+        "during training; remove them",
     )
     yield (
         not isinstance(kind, str) or (kind.lower() not in OPTIMIZERS and not hasattr(torch.optim, kind)),
@@ -335,8 +337,8 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
     )
     yield (
         len(asked) > 1,
-        f"distill.precision: distill.precision and distill.deepspeed say {' and '.join(sorted(asked))}, and what both "
-        "say must be equal; leave it out of one of them",
+        "distill.precision: distill.precision and distill.deepspeed name different precisions "
+        f"({' and '.join(sorted(asked))}); remove one of them",
     )
     yield (
         precision == "bf16-true" and stage == 0,
@@ -349,13 +351,13 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
     )
     yield (
         precision == "fp16-mixed" and stage > 0,
-        f"distill.precision: fp16-mixed is autocast with scaled losses, by which ZeRO {stage} clips gradients wrongly; "
-        "set distill.deepspeed: zero0, or precision: float32 or fp16-true",
+        f"distill.precision: fp16-mixed does not work with ZeRO {stage}: gradient clipping is wrong under loss "
+        "scaling; set distill.deepspeed: zero0, or precision: float32 or fp16-true",
     )
     yield (
         bool(settings.trainer.get("torch_compile")) and stage == 3,
-        "distill.trainer.torch_compile: ZeRO 3 brings weights together inside of layers, which a compiled layer cannot "
-        "wait for; set distill.deepspeed: zero2, or torch_compile: false",
+        "distill.trainer.torch_compile: ZeRO 3 gathers weights inside of layers, and compiled layers cannot wait "
+        "for that; set distill.deepspeed: zero2, or torch_compile: false",
     )
     yield (
         settings.lora is not None and settings.lora.load_in_4bit and stage == 3,
@@ -363,5 +365,5 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
     )
     yield (
         isinstance(settings.teacher, Live) and settings.teacher.offload and stage == 3,
-        "distill.teacher.offload: ZeRO 3 shards the teacher over the ranks instead; leave it out",
+        "distill.teacher.offload: ZeRO 3 shards the teacher over the ranks already; remove it",
     )

@@ -111,7 +111,7 @@ def last_complete(folder: Path, inputs: dict[str, Any], *, by_manifest: bool = F
             if not by_manifest:
                 _check_files(checkpoint, manifest)
         except _Damaged as damage:
-            log.warning("%s: %s; going back to the checkpoint before it", checkpoint, damage)
+            log.warning("%s: %s; resuming from the checkpoint before it", checkpoint, damage)
             continue
         return checkpoint
     return None
@@ -125,10 +125,10 @@ def _refuse_foreign(checkpoint: Path, manifest: dict[str, Any], inputs: dict[str
         )
     if not is_signed(manifest) and not is_trusted(checkpoint):
         raise UserError(
-            f"{checkpoint}: is not signed with your key in {cache_dir()}: somebody else, an older shoal or you with "
-            "another cache has written it, and going on from a checkpoint runs whatever code it holds. Delete "
-            f"{checkpoint.parent} to train from the beginning; if you know where it comes from, set SHOAL_CACHE to the "
-            f"folder with the key, or the environment variable {CONSENT}={checkpoint.parent.parent.resolve()}"
+            f"{checkpoint}: is not signed with your key in {cache_dir()} (another user, an older shoal or another "
+            f"cache wrote it), and resuming runs any code in a checkpoint. Delete {checkpoint.parent} to train from "
+            "the beginning; if you know its origin, set SHOAL_CACHE to the folder with the key, or the environment "
+            f"variable {CONSENT}={checkpoint.parent.parent.resolve()}"
         )
 
 
@@ -146,13 +146,13 @@ def needs_universal(checkpoint: Path, *, zero_stage: int) -> bool:
     saved = layout(checkpoint)
     if saved["zero_stage"] != zero_stage and not {saved["zero_stage"], zero_stage} <= {1, 2}:
         raise UserError(
-            f"{checkpoint}: was trained under ZeRO stage {saved['zero_stage']}, and DeepSpeed cannot go on from it "
-            f"under stage {zero_stage}: they lay out the optimizer differently (only 1 and 2 can be exchanged). "
-            f"Set stage {saved['zero_stage']} in distill.deepspeed again; the number of ranks may change"
+            f"{checkpoint}: was trained under ZeRO stage {saved['zero_stage']}, and DeepSpeed cannot resume it under "
+            f"stage {zero_stage}, which stores the optimizer differently (only 1 and 2 can be exchanged). Set stage "
+            f"{saved['zero_stage']} in distill.deepspeed again; the number of ranks may change"
         )
     if zero_stage == 0 or saved == {"ranks": world_size(), "zero_stage": zero_stage}:
         return False  # stage 0 keeps the optimizer whole on every rank
-    log.info("%s: written by %d rank(s), made to fit %d", checkpoint, saved["ranks"], world_size())
+    log.info("%s: written by %d rank(s), converted for %d", checkpoint, saved["ranks"], world_size())
     _convert(checkpoint, checkpoint / UNIVERSAL)
     write_text(checkpoint / UNIVERSAL_POINTER, UNIVERSAL)  # where DeepSpeed looks for the folder's name
     return True
@@ -227,7 +227,7 @@ def _check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
     for name, stamp in manifest["files"].items():
         file = checkpoint / name
         if not file.is_file():
-            raise _Damaged(f"lacks {name}")
+            raise _Damaged(f"{name} is missing")
         state = file.stat()
         if state.st_size != stamp["bytes"]:
             raise _Damaged(f"{name} has {state.st_size:,} bytes instead of {stamp['bytes']:,}")

@@ -82,7 +82,7 @@ def as_lora(config: LoraConfig | Lora | None) -> Any:
     others += ["target_modules"] if isinstance(targets, str) else []
     if others:
         raise UserError(
-            f"peft_config.{others[0]}: is {told[others[0]]!r}; leave it out, adapters here are {', '.join(known)}, the "
+            f"peft_config.{others[0]}: is {told[others[0]]!r}; remove it, adapters here are {', '.join(known)}, the "
             "last of them a list of names"
         )
     return {**{name: told[name] for name in known}, "target_modules": sorted(targets) if targets else None}

@@ -97,7 +97,7 @@ class Compiled:
                 self._is_on, self._failed = False, True
                 reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])[:300]
                 log.warning(
-                    "distill.trainer.torch_compile: %s cannot be compiled; training goes on without compiling: %s",
+                    "distill.trainer.torch_compile: %s cannot be compiled; training continues without compiling: %s",
                     getattr(function, "__qualname__", function),
                     reason,
                 )

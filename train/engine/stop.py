@@ -127,14 +127,14 @@ class Heartbeat(TrainerCallback):
             temporary.write_text(json.dumps(sign))
             temporary.replace(file)
         except OSError as error:
-            log.debug("no sign of life this time: %s", error)  # a full disk ends the job where it costs something
+            log.debug("no heartbeat this time: %s", error)  # a full disk ends the job where it costs something
 
     def _end(self, late: dict[int, str], waited_s: float) -> None:
         if rank() == min(set(range(world_size())) - set(late)):
             for number, reason in late.items():
                 log.error(
-                    "no rank got further for %.0f s: rank %d %s. Ending; the same command goes on from the last "
-                    "checkpoint (distill.trainer.ddp_timeout sets the patience)",
+                    "no rank made progress for %.0f s: rank %d %s. Stopping; the same command resumes from the last "
+                    "checkpoint (distill.trainer.ddp_timeout sets this limit)",
                     waited_s,
                     number,
                     reason,
@@ -153,7 +153,7 @@ def read_signs(folder: Path) -> dict[int, dict[str, Any]]:
 def late_ranks(before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]]) -> dict[int, str]:
     """The ranks for whom the others wait, and what is known of each; none where all live and are equally far."""
     silent = {
-        number: f"({_place(sign)}) gives no sign of life: it is stopped, or its node is gone"
+        number: f"({_place(sign)}) does not respond: its process is stopped, or its node is down"
         for number, sign in now.items()
         if sign.get("beat") == before[number].get("beat")
     }
@@ -161,7 +161,7 @@ def late_ranks(before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]]
         return silent
     furthest = max(sign["progress"] for sign in now.values())
     return {
-        number: f"({_place(sign)}) lives, but is behind the others: it may hang in reading or writing a file"
+        number: f"({_place(sign)}) responds, but is later than the others: it may hang in reading or writing a file"
         for number, sign in now.items()
         if sign["progress"] < furthest
     }

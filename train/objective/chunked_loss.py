@@ -124,7 +124,7 @@ def chunked_head_loss(
         ValueError: no tokens; an average over nothing would hide a broken label mask.
     """
     if len(labels_N) == 0:
-        raise ValueError("no supervised token in this batch: every label is ignored")
+        raise ValueError("no token of this batch is trained on: every label is ignored")
     if isinstance(targets, TopK):
         # other recipes are refused
         assert all(map(from_top_k, terms))

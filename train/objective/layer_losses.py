@@ -29,7 +29,7 @@ from shoal.runtime import queued
 
 from .host_batch import learnt_places
 
-NO_STATES = "leave hidden_states out of distill.losses, and distill.teacher.prefix out"
+NO_STATES = "remove hidden_states from distill.losses, and distill.teacher.prefix"
 
 
 @dataclass
@@ -85,7 +85,7 @@ def capturing(model: PreTrainedModel, layers: Collection[int]) -> Iterator[Captu
     for layer, state in seen.states.items():
         if _version(state) != versions[layer]:
             family = model.config.model_type
-            raise UserError(f"{family}: what layer {layer} returns is overwritten by the layer after it; {NO_STATES}")
+            raise UserError(f"{family}: the layer after layer {layer} overwrites its output; {NO_STATES}")
 
 
 def _version(state: Tensor) -> int:
@@ -128,8 +128,8 @@ def layer_pairs(term: HiddenStates, plan: Plan, *, num_shared: int = 0) -> tuple
     pairs = tuple((layer, targets[layer]) for layer in chosen if layer >= num_shared)
     if not pairs:
         raise UserError(
-            f"{term.kind}: layers: all below the first cut, where the student is the frozen teacher (got {chosen}); "
-            f"name layers from {num_shared} to {num_layers - 1}, or train them too"
+            f"{term.kind}: layers: all are below the first dropped layer, so the student equals the frozen teacher "
+            f"there (got {chosen}); name layers from {num_shared} to {num_layers - 1}, or train them too"
         )
     return pairs
 
@@ -204,8 +204,8 @@ class StateLosses:
                 total = torch.stack(sums_P).mean()
             if torch.is_grad_enabled() and term.weight > 0 and not total.requires_grad:
                 raise UserError(
-                    f"{term.kind}: no gradient reaches the student: all it looks at is frozen; train these layers, or "
-                    "set weight: 0"
+                    f"{term.kind}: no gradient reaches the student, since everything that the term looks at is "
+                    "frozen; train these layers, or set weight: 0"
                 )
             loss = loss + term.weight * total
             sums.append(total.detach().double())  # added up over a whole step, where fp32 would lose digits

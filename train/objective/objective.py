@@ -42,8 +42,7 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(
-            f"{type(model).__name__}: its output head is {type(head).__name__}, distillation needs nn.Linear; choose "
-            "another model"
+            f"{type(model).__name__}: the output head is {type(head).__name__}, not nn.Linear; choose another model"
         )
     return head
 

@@ -17,7 +17,7 @@ from .memory import Job, Memory, job
 from .throughput import StepTime, flops_per_token, step_time
 
 TEACHERS = {
-    "none": "not loaded, these losses do not ask it",
+    "none": "not loaded (these losses do not use it)",
     "live": "live",
     "offloaded": "live, its weights on the host",
     "recorded": "recorded before, and not loaded",
@@ -41,7 +41,7 @@ def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None
     Raises:
         UserError: what the configuration contradicts; NotEstimated, a family whose memory cannot be told so.
     """
-    with doing("working out memory"):
+    with doing("estimating memory"):
         size = job(spec)
         uncut = None if control is None else job(control)
     free = Free.here(spec.ranks.device)
@@ -75,7 +75,7 @@ def _about(job: Job) -> list[str]:
         f"{spec.settings.sequence_length:,} tokens = {spec.tokens_per_step:,} tokens; {spec.num_steps:,} steps",
     ]
     if weights := job.shared_weights:
-        lines.append(f"shared:  {count_text(weights)} frozen weights are held once for both models")
+        lines.append(f"shared:  {count_text(weights)} frozen weights are stored once for both models")
     if shared := spec.shared_layers:
         how = "not run, the state above is recorded" if setting.teacher == "recorded" else "run once for both"
         lines.append(f"shared:  the lowest {shared} layer(s) are {how}")
@@ -102,7 +102,8 @@ def _memory_table(job: Job, free: Free) -> list[str]:
     on_device = "" if job.on_cpu else f"{bytes_text(free.device)} on the device, "
     return [
         *aligned(cells, left=(0, len(cells[0]) - 1)),
-        "the peak is no sum: gradients come as activations go; `host` is per node, `fixed` the process itself",
+        "the peak is less than the sum, because gradients grow while activations shrink; `host` is per node, "
+        "`fixed` the process itself",
         f"free now: {on_device}{bytes_text(free.host)} on this node",
     ]
 
@@ -123,8 +124,8 @@ def _proposal(job: Job, free: Free) -> list[str]:
         setting = free.cheapest(job)
     if setting is None:
         return [
-            "no setting fits with a margin of a tenth: more ranks, shorter rows (distill.sequence_length), or "
-            "distill.trainable: from_first_cut take less"
+            "no setting fits with a margin of a tenth: use more ranks, shorter rows (distill.sequence_length), or "
+            "distill.trainable: from_first_cut"
         ]
     if not (lines := overrides(job, setting)):
         return ["cheapest setting that fits: this recipe's"]

@@ -69,7 +69,7 @@ class Free:
         if device > MARGIN * self.device:
             where = f"{job.spec.ranks.per_node} rank(s) on this node" if job.on_cpu else "a rank"
             problems.append(
-                f"{where} need {bytes_text(device)} of memory at the peak and {bytes_text(self.device)} are free"
+                f"{where} need {bytes_text(device)} of memory at the peak, {bytes_text(self.device)} are free"
             )
         if host > MARGIN * self.host:
             problems.append(f"this node needs {bytes_text(host)} of host memory and {bytes_text(self.host)} are free")
@@ -161,12 +161,14 @@ def check_fit(spec: TrainSpec, run_dir: Path, *, beside: int = 0) -> Job | None:
         log.warning("%s will not fit, and starts because of --force: %s", called, problems[0])
     elif problems:
         raise UserError(
-            f"{called} will not fit: " + "; ".join(problems) + advice + ". `--dry-run` shows where "
-            "memory goes; `--force` starts it all the same"
+            f"{called} will not fit: "
+            + "; ".join(problems)
+            + advice
+            + ". `--dry-run` shows the memory use; `--force` starts the training anyway"
         )
     elif not free.fits(size):
         peak = bytes_text(size.memory.peak)
-        log.warning("memory will be close for %s: %s per rank expected; estimates err by a tenth", called, peak)
+        log.warning("memory will be close for %s: %s per rank expected; estimates can be off by a tenth", called, peak)
     return size
 
 
@@ -181,7 +183,7 @@ def check_control(control: TrainSpec, folder: Path, spec: TrainSpec, run_dir: Pa
     if size is not None:
         log.info(
             "eval.control: after the student the teacher is trained on the same rows, which takes %.2g times as "
-            "long and %s on the disk; eval.control: false does without it",
+            "long and %s on the disk; eval.control: false skips it",
             flops_per_token(size) / flops_per_token(own),
             bytes_text(sum(disk_bytes(size).values())),
         )
@@ -260,7 +262,6 @@ def explained_memory(spec: TrainSpec) -> Iterator[None]:
         if rows > 1:
             less = "add " + " ".join(fewer_rows(spec, max(n for n in range(1, rows) if rows % n == 0)))
         raise UserError(
-            f"out of memory while training: {str(error).strip().splitlines()[0][:200]}; the same command goes on from "
-            f"the last checkpoint. To take less, {less}; `--dry-run` shows where memory goes and what "
-            "fits"
+            f"out of memory while training: {str(error).strip().splitlines()[0][:200]}; the same command resumes "
+            f"from the last checkpoint. To use less, {less}; `--dry-run` shows the memory use and a setting that fits"
         ) from error

@@ -219,8 +219,8 @@ def job(spec: TrainSpec) -> Job:
     except RuntimeError as error:  # torch's, of operations that need numbers
         reason = str(error).strip().splitlines()[0][:120]
         raise NotEstimated(
-            f"{text_config(spec.student.config).model_type}: cannot be run without data, so its memory cannot be told "
-            f"beforehand ({reason}); try a few steps with distill.trainer.max_steps"
+            f"{text_config(spec.student.config).model_type}: cannot be run without data, so its memory cannot be "
+            f"estimated ({reason}); try a few steps with distill.trainer.max_steps"
         ) from error
     return Job(spec, student, teacher, setting)
 

@@ -97,9 +97,9 @@ def expected(job: Job) -> tuple[float, str] | None:
     stepped = STEP_BYTES * student.trained / shards / memory + once / link
     told = ", ".join(f"{name} {seconds:.2g}" for name, seconds in parts.items())
     return setting.accumulation * max(sum(parts.values()), each / link) + stepped, (
-        f"computed from {sheet.name}'s data sheet ({sheet.half / 1e12:,.0f} TFLOP/s, {sheet.memory / 1e12:.3g} TB/s), "
-        f"not measured: a micro-batch takes {sum(parts.values()):.3g} s ({told}), beside it {each / link:.2g} s on the "
-        "network"
+        f"computed from {sheet.name}'s data sheet ({sheet.half / 1000000000000.0:,.0f} TFLOP/s, "
+        f"{sheet.memory / 1000000000000.0:.3g} TB/s), not measured: a micro-batch takes {sum(parts.values()):.3g} s "
+        f"({told}) and {each / link:.2g} s on the network"
     )
 
 

@@ -42,7 +42,7 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
     return replace(
         spec,
         student=spec.teacher,
-        plan=Plan(plan.provenance, plan.num_layers, (), reason="the control is not cut"),
+        plan=Plan(plan.provenance, plan.num_layers, (), reason="the control has no dropped layers"),
         settings=settings.with_losses(lambda losses: tuple(map(of_equal_layers, losses))),
         trained=trained,
         frozen_layers=frozen,

@@ -64,7 +64,7 @@ def share_frozen(
         own[parameter] = parameter.data
         parameter.data = theirs.data
     if own and not torch.equal(_computed(student, autocast_dtype), before):
-        log.info("teacher and student hold their frozen weights each: shared, they would change the last bits of sums")
+        log.info("teacher and student keep separate frozen weights: sharing them would change the last bits of sums")
         for parameter, data in own.items():
             parameter.data = data
         for hook in hooks:

@@ -47,13 +47,13 @@ def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | 
     wrong = [*plan.contradictions()]
     if plan.num_layers != num_layers or len(plan.keep) != kept:
         wrong.append(
-            f"drop: leaves {len(plan.keep)} of {plan.num_layers} layers, the teacher has {num_layers} and the student "
-            f"{kept}"
+            f"drop: would leave {len(plan.keep)} of {plan.num_layers} layers, but the teacher has {num_layers} and "
+            f"the student {kept}"
         )
     if known is not None and plan.drop != known:
-        wrong.append(f"drop: is {list(plan.drop)}, and by its configuration the student lacks {list(known)}")
+        wrong.append(f"drop: {list(plan.drop)} contradicts the student's config, which lists {list(known)} as dropped")
     if wrong:
-        raise UserError(f"{wrong[0]}; give the layers that were cut, such as drop=plan.drop, or leave drop out")
+        raise UserError(f"{wrong[0]}; pass the layers that were dropped, such as drop=plan.drop, or remove drop")
     plan = plan if plan.gaps else replace(plan, gaps=_closed_gaps(student, teacher, plan.drop))
     return plan if plan.width else replace(plan, width=known_width(student, teacher))
 
@@ -88,9 +88,9 @@ def refuse_other_layers(student: PreTrainedModel, teacher: PreTrainedModel, num_
         for leaf, weight in () if own is None else own.named_parameters():
             if leaf not in others or not _holds_the_same(weight.data, others[leaf].data):
                 raise UserError(
-                    f"model: {name} should be the teacher's, as nothing so far down is said to have changed, and is "
-                    "not; give drop=Plan.load(...) of the plan.json that it was cut by, which names all "
-                    "changes, or, where it has been trained, set trainable to 'layers' or 'all'"
+                    f"model: the weights of {name} differ from the teacher's, but no change is known. If the model was "
+                    "edited, pass drop=Plan.load(...) with its plan.json; if it was trained before, set trainable "
+                    "to 'layers' or 'all'"
                 )
 
 

@@ -79,8 +79,7 @@ def _chosen(student: PreTrainedModel, lora: Lora, trained: Trained) -> list[str]
         if not meant:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in possible})) or "none"
             raise UserError(
-                f"distill.lora.target_modules: {target!r} is no linear module of the layers that are trained; there "
-                f"are {known}"
+                f"distill.lora.target_modules: {target!r} is not a linear module of trained layers; choose from {known}"
             )
         chosen.update(meant)
     return [name for name in possible if name in chosen]
@@ -97,8 +96,8 @@ def _quantise(student: PreTrainedModel, stored: Set[str]) -> None:
             continue
         if f"{name}.weight" not in stored:
             raise UserError(
-                f"distill.lora.load_in_4bit: {type(student).__name__} keeps {name}.weight under another name in its "
-                "files, so that its 4-bit copy could not be undone; set it to false"
+                f"distill.lora.load_in_4bit: {type(student).__name__} stores {name}.weight under another name, so "
+                "its 4-bit copy could not be undone; set it to false"
             )
         device = module.weight.device
         quantised = bnb.nn.Linear4bit(

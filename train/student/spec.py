@@ -170,7 +170,7 @@ def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
     if sizes[0] != sizes[1]:
         raise UserError(
             f"teacher {teacher.folder} has {sizes[0]:,} vocabulary entries and student {student.folder} has "
-            f"{sizes[1]:,}; distillation compares next-token distributions, so cut the student from this teacher"
+            f"{sizes[1]:,}; distillation compares next-token distributions, so prune the student from this teacher"
         )
 
 

@@ -62,9 +62,8 @@ def trained_parts(trainable: str, plan: Plan, *, tied: bool = False, keys_from: 
     everything = tuple(range(len(keep)))
     if trainable in ("from_first_cut", "near_gaps") and not plan.changes_layers:
         raise UserError(
-            f"distill.trainable: {trainable} trains the layers that a cut calls for, and this plan leaves all layers "
-            "as they are: its student answers as the teacher does and needs no training; choose layers to train it "
-            "anyway"
+            f"distill.trainable: {trainable} selects layers next to dropped ones, but this plan drops and changes "
+            "nothing, so there is nothing to train; to train anyway, set trainable: layers"
         )
     match trainable:
         case "all":
@@ -75,7 +74,7 @@ def trained_parts(trainable: str, plan: Plan, *, tied: bool = False, keys_from: 
             if plan.first_change >= len(keep):
                 raise UserError(
                     "distill.trainable: from_first_cut trains the layers above the first dropped one, and this plan "
-                    "drops the last ones; choose near_gaps, norm_and_head or layers"
+                    "drops the last layers; choose near_gaps, norm_and_head or layers"
                 )
             return parts(everything[plan.first_change :], norm=True)
         case "near_gaps":
@@ -120,9 +119,9 @@ def recorded_layers(trained: Trained, plan: Plan, settings: Distill) -> int:
     if spared := shares_prefix(trained, plan):
         return spared
     raise UserError(
-        f"distill.teacher.prefix: with trainable {settings.trainable} no layer at the bottom stays the teacher's (the "
-        f"first change is at layer {plan.first_change}); choose from_first_cut and a plan that leaves the first "
-        "layers, or leave it out"
+        f"distill.teacher.prefix: with trainable {settings.trainable} the student has no lowest layers that equal "
+        f"the teacher's (the first change is at layer {plan.first_change}); choose from_first_cut and a plan that "
+        "keeps the first layers, or remove prefix"
     )
 
 

@@ -60,7 +60,7 @@ LOWEST = -32.0
 """Log-probabilities below are stored as this one: e^-32 is 1.3e-14, nothing that any loss would feel."""
 CODES = 65_535
 ROW_HASH_BYTES = 8
-RECORD_AGAIN = "run `shoal record` again, which writes it anew"
+RECORD_AGAIN = "run `shoal record` again, which replaces it"
 HEADER_BYTES = 4096
 """Room for a shard's header in estimates."""
 
@@ -199,7 +199,7 @@ class ShardFile:
             if {name: (p.dtype, tuple(p.shape)) for name, p in self._planes.items()} != layout.planes(self.num_rows):
                 raise ValueError("other planes than this recording has")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: is no shard of this recording ({error}); {RECORD_AGAIN}") from error
+            raise UserError(f"{path}: is not a shard of this recording ({error}); {RECORD_AGAIN}") from error
 
     @property
     def hashes(self) -> NDArray[np.uint8]:
@@ -316,8 +316,8 @@ class Wanted:
         config, top_k = text_config(self.teacher.config), self.settings.top_k
         if top_k >= config.vocab_size:
             raise UserError(
-                f"distill.teacher.top_k: {top_k} leaves none of the {config.vocab_size:,} tokens of the vocabulary "
-                "outside the top k, which losses compare them with; record fewer"
+                f"distill.teacher.top_k: {top_k} covers all of the {config.vocab_size:,} tokens of the vocabulary, "
+                "but the losses need some outside the top k; lower it"
             )
         layout = Layout(self.sequence_length, top_k, config.vocab_size, config.hidden_size, self.states)
         if self.prefix is None:
@@ -383,8 +383,8 @@ def other_rows(hashes: np.ndarray, rows: PackedRows, start: int, shaped_otherwis
     unequal = (row_hashes(rows, start, start + both) != hashes[:both]).any(-1)
     if not unequal.any():
         return None
-    reason = "; ".join(shaped_otherwise) or "the text or the order of its documents is another"
-    return f"row {start + int(unequal.argmax())} has other tokens there ({reason})"
+    reason = "; ".join(shaped_otherwise) or "the text or the order of its documents has changed"
+    return f"row {start + int(unequal.argmax())} has other tokens ({reason})"
 
 
 def warn_of_versions(path: Path, before: Provenance) -> None:

@@ -126,8 +126,8 @@ class RecordingReader:
         path, manifest = folder / RecordingManifest.FILE, wanted.require(folder)
         if manifest.num_rows < len(rows):
             raise UserError(
-                f"{path}: holds {manifest.num_rows:,} rows and this run needs {len(rows):,}; run `shoal record` again, "
-                "which adds what is missing"
+                f"{path}: holds {manifest.num_rows:,} rows, but this run needs {len(rows):,}; run `shoal record` "
+                "again, which adds the missing rows"
             )
         warn_of_versions(path, manifest.provenance)
         self._folder, self._manifest, self.wanted = folder, manifest, wanted
@@ -153,7 +153,7 @@ class RecordingReader:
     def _open(self, index: int) -> ShardFile:
         file = ShardFile(self._path(index), self._manifest.layout)
         if file.sha256 != self._manifest.shards[index]["sha256"]:
-            raise UserError(f"{self._path(index)}: is not the file that was recorded; {RECORD_AGAIN}")
+            raise UserError(f"{self._path(index)}: differs from the recorded file; {RECORD_AGAIN}")
         return file
 
     def _path(self, index: int) -> Path:

@@ -115,8 +115,8 @@ class VllmTeacher:
         best = [[token for token, _ in pairs[: self._top_k] if token in known] for pairs in told]
         if len(answer) != len(prompt) or min(map(len, best)) < self._top_k:
             raise UserError(
-                f"{PLACE}: does not tell of {self._top_k} of the teacher's tokens in every place of a prompt of "
-                f"{len(prompt)}; lower distill.teacher.top_k, or record by transformers"
+                f"{PLACE}: vLLM returned fewer than {self._top_k} log-probabilities at a position of a prompt of "
+                f"{len(prompt)} tokens; lower distill.teacher.top_k, or set backend: transformers"
             )
         log_probs = [[entry.logprob for _, entry in pairs[: self._top_k]] for pairs in told]
         return np.array(best), np.array(log_probs)
@@ -139,10 +139,10 @@ def agreeing(teacher: Checkpoint, rows: PackedRows, *, top_k: int) -> VllmTeache
         kl = _bucket_kl(ours.says(ids_NS, positions_NS), hidden_ND, to_logits)
     if not abs(kl) < MAX_KL:  # what are no log-probabilities may be apart by less than nothing
         raise UserError(
-            f"{PLACE}: does not say what the teacher says: {kl:.2g} nats of bucket KL per token from "
-            f"{teacher.folder} over {ids_NS.numel():,} tokens, and {MAX_KL:g} are allowed; record by transformers"
+            f"{PLACE}: vLLM and transformers disagree about the teacher {teacher.folder}: {kl:.2g} nats of bucket KL "
+            f"per token over {ids_NS.numel():,} tokens, and {MAX_KL:g} are allowed; set backend: transformers"
         )
-    log.info("%s: %.2g nats of bucket KL from the teacher, over %s tokens", PLACE, kl, f"{ids_NS.numel():,}")
+    log.info("%s: %.2g nats per token of bucket KL from the teacher, over %s tokens", PLACE, kl, f"{ids_NS.numel():,}")
     ours.about |= {"bucket_kl": kl, "compared_tokens": ids_NS.numel()}
     return ours
 

@@ -70,9 +70,7 @@ class Wanted:
             if len(items) == self.num_items:
                 return list(items.values())
         told = ", ".join(f"{name}: {value}" for name, value in params.items())
-        raise ValueError(
-            f"{task} ({told}; split {self.split}): there are fewer than {self.num_items} items; ask for fewer"
-        )
+        raise ValueError(f"{task} ({told}; split {self.split}): has fewer than {self.num_items} items; lower num_items")
 
 
 @dataclass(frozen=True)

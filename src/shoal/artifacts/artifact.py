@@ -182,7 +182,7 @@ def refuse_schema(body: Any, expected: str) -> None:
         version = made.get("shoal", "") if isinstance(made, dict) else ""
         raise _Newer(f"was written by a newer shoal {version} ({said}, this one reads {expected})")
     if said != expected:
-        raise ValueError(f"is no {expected}, its schema is {said!r}")
+        raise ValueError(f"has the schema {said!r} instead of {expected}")
 
 
 def _problem(error: Exception) -> str:
@@ -206,7 +206,7 @@ def differences(expected: dict[str, Json], actual: dict[str, Json]) -> list[str]
 def _in_words(key: str, here: Json, there: Json) -> str:
     if ABSENT not in (here, there):  # two hashes would tell nobody anything
         if key == "tasks":
-            return "the task files, or what makes their items, differ"
+            return "the task files, or the code that generates their items, differ"
         if key.endswith(" (files)"):
             return f"the files of {key.removesuffix(' (files)')} differ"
     return f"{key} is {here!r} in this recipe but {there!r} there"

@@ -112,13 +112,13 @@ class TaskScore:
     def contradictions(self) -> Iterator[str]:
         """`place: what is wrong`, as in an artifact."""
         if len(self.items) != self.n:
-            yield f"items: has {len(self.items)} items, n says {self.n}"
+            yield f"items: holds {len(self.items)} items, but n is {self.n}"
         if self.ci_low > self.ci_high:
-            yield f"ci_low: {self.ci_low} is above ci_high, {self.ci_high}"
+            yield f"ci_low: {self.ci_low} is above ci_high ({self.ci_high})"
         total = math.fsum(item.weight for item in self.items)
         mean = math.fsum(item.score * item.weight for item in self.items) / total
         if not math.isclose(self.score, mean, rel_tol=1e-6, abs_tol=1e-9):
-            yield f"score: is {self.score}, and the mean over its items is {mean}"
+            yield f"score: {self.score} is not the mean of its items ({mean})"
 
 
 def items_file(path: Path) -> Path:
@@ -170,7 +170,7 @@ class Scores(Tabular, Artifact):
     @classmethod
     def completed(cls, body: dict[str, Json], path: Path) -> dict[str, Json]:
         if not items_file(path).is_file():
-            raise ValueError(f"its items, {items_file(path).name}, are not beside it")
+            raise ValueError(f"its items file {items_file(path).name} is missing")
         items: dict[tuple[Any, ...], list[Any]] = {}
         try:
             for line in filter(None, items_file(path).read_text(encoding="utf-8").split("\n")):
@@ -178,7 +178,7 @@ class Scores(Tabular, Artifact):
                 items.setdefault(_key(item), []).append(item)
             return {**body, "tasks": [{**task, "items": items.get(_key(task), [])} for task in body.get("tasks", [])]}
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"its tasks or items have another form ({error!r})") from error
+            raise ValueError(f"its tasks or items do not have the expected fields ({error!r})") from error
 
     @property
     def engine(self) -> str:
@@ -198,7 +198,7 @@ class Scores(Tabular, Artifact):
         keys = [task.key for task in self.tasks]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                yield f"tasks.{index}: {' '.join(key)} is there twice"
+                yield f"tasks.{index}: {' '.join(key)} appears twice"
         for index, task in enumerate(self.tasks):
             yield from (f"tasks.{index}.{problem}" for problem in task.contradictions())
 

@@ -39,7 +39,7 @@ class Identity(Generic[A]):
             UserError: a folder in its place, or as Artifact.load.
         """
         if self.path.is_dir():
-            raise UserError(f"{self.path}: a folder is in the way; delete it, or set run_dir to another folder")
+            raise UserError(f"{self.path}: a folder with this name exists; delete it, or set run_dir to another folder")
         if not self.path.is_file():
             return None
         return differences(self.inputs, self.kind.load(self.path).provenance.inputs)
@@ -51,7 +51,7 @@ class Identity(Generic[A]):
     def is_done(self) -> bool:
         """The same, which is logged, or what changed."""
         if changed := self.changed():
-            log.info("%s: %s is out of date (%s), making it again", self.stage, self.path.name, "; ".join(changed))
+            log.info("%s: %s is out of date (%s); producing it again", self.stage, self.path.name, "; ".join(changed))
         elif changed is not None:
             log.info("%s: done already (%s)", self.stage, self.path)
         return changed == []

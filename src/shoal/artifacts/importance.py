@@ -221,7 +221,7 @@ class Importance(Tabular, Artifact):
         runs = [("runs", name, len(row), n) for name, rows in self.runs.items() for n, row in enumerate(rows)]
         for field_name, metric, count, shorter in (*layers, *runs):
             if count != (expected := self.num_layers - shorter):
-                yield f"{field_name}.{metric}: has {count} scores, and not {expected}"
+                yield f"{field_name}.{metric}: has {count} scores instead of {expected}"
 
     def title(self) -> str:
         """How many layers, and on how much text."""

@@ -155,20 +155,20 @@ class Plan(Tabular, Artifact):
     def contradictions(self) -> Iterator[str]:
         drop, asked = list(self.drop), self.provenance.inputs.get("prune.drop")
         if drop != sorted(set(drop)):
-            yield f"drop: is {drop}; layers are named once, increasing"
+            yield f"drop: {drop} must list every layer once, in increasing order"
         if wrong := [layer for layer in drop if not 0 <= layer < self.num_layers]:
-            yield f"drop: names layer {wrong[0]} of a model of {self.num_layers} layers"
+            yield f"drop: layer {wrong[0]} does not exist; the model has {self.num_layers} layers"
         if len(drop) >= self.num_layers:
-            yield "drop: leaves no layer"
+            yield "drop: all layers are dropped; at least one must stay"
         if list(self.keep) != sorted({*range(self.num_layers)} - {*drop}):
-            yield f"keep: is {list(self.keep)}; layers are increasing, and all but those of drop"
+            yield f"keep: {list(self.keep)} must list all layers that drop does not list, in increasing order"
         for index, gap in enumerate(self.gaps):
             if not set(range(gap.first, gap.last + 1)) <= set(drop):
-                yield f"gaps.{index}: is of layers {gap.first} to {gap.last}, which are not all dropped"
+                yield f"gaps.{index}: layers {gap.first} to {gap.last} are not all dropped"
             if not 0 < gap.factor < math.inf:
-                yield f"gaps.{index}.factor: is {gap.factor}"
+                yield f"gaps.{index}.factor: {gap.factor} is not a finite number above 0"
         if asked and set(asked) != set(drop):
-            yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
+            yield f"drop: {drop} differs from the recipe's prune.drop, {asked}"
 
     def body(self) -> dict[str, Json]:
         return super().body() | {"changed": list(self.changed)}

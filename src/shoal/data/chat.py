@@ -76,7 +76,7 @@ def chat_of(row: Mapping[str, Any], column: Messages | PromptCompletion, where: 
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
             name = column.tools or "tools"
-            raise UserError(f"data {where}: column {name!r} holds no JSON ({error}): {tools[:80]!r}") from error
+            raise UserError(f"data {where}: column {name!r} does not hold JSON ({error}): {tools[:80]!r}") from error
     return Chat(_without_nothing(messages), where, _without_nothing(tools) or None) if messages else None
 
 
@@ -97,7 +97,7 @@ def column_of(row: Any, name: str, where: str) -> Any:
         UserError: no such column, or no row.
     """
     if not isinstance(row, Mapping):
-        raise UserError(f"data {where}: is {type(row).__name__}, neither a text nor a row with columns")
+        raise UserError(f"data {where}: the row is {type(row).__name__}, neither a text nor a row with columns")
     if name not in row:
         raise UserError(f"data {where}: has no column {name!r}; it has {', '.join(map(str, row))}")
     return row[name]
@@ -115,7 +115,7 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise UserError(
             f"data {where}: column {column!r} holds {type(value).__name__}, not a list of turns; name a column of "
-            "[{role, content}, ...], or one of text"
+            "[{role, content}, ...], or a column of text"
         )
     for turn in value:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
@@ -132,15 +132,16 @@ def check_template(tokenizer: Any, name: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     lacks = "" if tokenizer.chat_template else "has no chat template"
-    lacks = lacks or ("" if tokenizer.is_fast else "does not tell which characters a token covers")
+    lacks = lacks or ("" if tokenizer.is_fast else "does not report which characters a token covers")
     try:
         render_jinja_template(conversations=[], chat_template=tokenizer.chat_template or "")
     except jinja2.TemplateSyntaxError as error:
-        lacks = f"has a chat template that is none ({error})"
+        lacks = f"has a chat template that is not valid ({error})"
     if lacks:
         raise UserError(
-            f"data {name!r}: holds conversations, but the model's tokenizer {lacks}; take that of an instruction-tuned "
-            "model with a tokenizer.json, or render the conversations into a column of text and name that"
+            f"data {name!r}: holds conversations, but the model's tokenizer {lacks}; use the tokenizer of an "
+            "instruction-tuned model with a tokenizer.json, or render the conversations into a column of text and "
+            "name that column"
         )
 
 
@@ -156,8 +157,8 @@ def tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list
         reason = str(error).strip() or type(error).__name__
         roles = ", ".join(message["role"] for message in chat.messages)
         raise UserError(
-            f"data {chat.where}: the chat template refuses a conversation of {roles} ({reason}); leave "
-            "such rows out or bring them into the order that the model was trained on"
+            f"data {chat.where}: the chat template rejects a conversation of {roles} ({reason}); remove such rows, "
+            "or put the turns into the order that the model was trained on"
         ) from error
 
 
@@ -198,7 +199,7 @@ def _assistant_spans(chat: Chat, text: str, tokenizer: Any) -> Iterator[tuple[in
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise UserError(
                 f"data {chat.where}: the chat template of {name} writes turn {index} ({ASSISTANT}) of a conversation "
-                f"differently when the others follow, so its tokens cannot be told from the rest; {REMEDY}"
+                f"differently if other turns follow, so the tokens of this turn cannot be identified; {REMEDY}"
             )
         yield start, start + without_layout(written, tokenizer)
 

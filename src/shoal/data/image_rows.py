@@ -64,8 +64,8 @@ def load_image_rows(
         image, prompt, answer = values = [column_of(record, column, named) for column in columns]
         if not all(isinstance(value, str) for value in values) or not image.strip() or not answer.strip():
             raise UserError(
-                f"{row}: names no image in column {columns[0]!r}, has no text in {columns[1]!r} or no answer in "
-                f"{columns[2]!r}; every row needs all three: mend it, or leave it out"
+                f"{row}: column {columns[0]!r} has no image, {columns[1]!r} no text or {columns[2]!r} no answer; "
+                "fill in all three, or remove the row"
             )
         path = Path(image).expanduser()
         path = path if path.is_absolute() else Path(where).expanduser().parent / path
@@ -73,7 +73,7 @@ def load_image_rows(
             file.verify()
         rows.append(ImageRow(row, path, prompt, answer, first + number))
     if not rows:
-        raise UserError(f"{place}: {source.path} holds no row; name a file that does")
+        raise UserError(f"{place}: {source.path} holds no rows; name a file with rows")
     return rows
 
 
@@ -85,7 +85,7 @@ def _readable(path: Path, row: str) -> Iterator[None]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"{row}: {path} cannot be read as an image ({reason}); name an image file, or leave the row out"
+            f"{row}: {path} cannot be read as an image ({reason}); name an image file, or remove the row"
         ) from error
 
 
@@ -111,13 +111,13 @@ def _asked(row: ImageRow, prompt: str, answer: str, processor: Any, config: Any)
         before, whole = (processor(text=text, **arguments) for text in (prompt, prompt + answer))
     except (ValueError, TypeError, KeyError, IndexError, ImportError) as error:
         raise UserError(
-            f"{row.where}: the checkpoint's processor cannot take it ({error!r}); mend the row or the processor's files"
+            f"{row.where}: the checkpoint's processor cannot take it ({error!r}); fix the row or the processor's files"
         ) from error
     ids, start = whole["input_ids"][0], _common(before["input_ids"][0], whole["input_ids"][0])
     if start == len(ids) or (longest is not None and len(ids) > longest):
         raise UserError(
-            f"{row.where}: takes {len(ids)} tokens with {len(ids) - start} of its answer {row.answer!r}, and the model "
-            f"has {longest} positions; leave it out"
+            f"{row.where}: takes {len(ids)} tokens with {len(ids) - start} of its answer {row.answer!r}, but the "
+            f"model has {longest} positions; remove the row"
         )
     return Asked({name: value for name, value in whole.items() if isinstance(value, Tensor)}, len(ids) - start)
 
@@ -141,8 +141,8 @@ def _rendered_answer(row: ImageRow, prompt: str, processor: Any) -> str:
     whole = processor.apply_chat_template([_turn(row.prompt), reply])
     if not whole.startswith(prompt) or row.answer.strip() not in whole[len(prompt) :]:
         raise UserError(
-            f"{row.where}: the processor's chat template does not write its answer behind the question, so that it "
-            "cannot be told from the rest; mend the template, or leave the row out"
+            f"{row.where}: the processor's chat template does not write the answer after the question, so the "
+            "answer's tokens cannot be identified; fix the template, or remove the row"
         )
     written = whole[len(prompt) :]
     return written[: without_layout(written, processor.tokenizer)]
@@ -180,7 +180,7 @@ class ImageReader:
         if not any(source.has_images for source in data):
             return None
         if not reads_images(teacher.config):
-            raise UserError(f"distill.data: {teacher.folder} reads no images; leave out the sources that name some")
+            raise UserError(f"distill.data: {teacher.folder} does not read images; remove the sources with images")
         processor = load_processor(teacher.folder, trust_remote_code=teacher.load.trust_remote_code)
         return cls(processor, teacher.config, training_images(data))
 
@@ -190,7 +190,7 @@ class ImageReader:
         question = _asked(row, prompt, _rendered_answer(row, prompt, self.processor), self.processor, self.config)
         answer_ids = question.inputs["input_ids"][0, -question.num_answer :].tolist()
         if getattr(self.config, "image_token_id", None) in answer_ids:
-            raise UserError(f"{row.where}: its answer holds a token that stands for an image; mend it")
+            raise UserError(f"{row.where}: the answer holds a token that stands for an image; change the answer")
         return question
 
     def tokens(self, row: ImageRow) -> tuple[list[int], np.ndarray]:
@@ -228,7 +228,7 @@ class RowsWithImages(PackedRows):
         inputs = self.reader.asked(shown).inputs
         ids_S = inputs["input_ids"][0]
         if not torch.equal(row_fields["input_ids"][: len(ids_S)], ids_S):
-            raise UserError(f"{shown.where}: makes other tokens than when training began; bring its image back")
+            raise UserError(f"{shown.where}: gives other tokens than at the start of the training; restore its image")
         return {**row_fields, IMAGES: inputs}
 
 

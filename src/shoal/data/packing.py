@@ -51,7 +51,7 @@ def require_room(num_tokens: int, setting: str) -> None:
     """Refuse more tokens than fit into memory."""
     if (needed := TOKEN_BYTES * num_tokens) > available_memory():
         raise UserError(
-            f"{setting}: {num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
+            f"{setting}: {num_tokens:,} tokens take {bytes_text(needed)} of memory, but only "
             f"{bytes_text(available_memory())} are free; lower it"
         )
 
@@ -301,7 +301,7 @@ def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, d
             counts[names[source]]["truncated"] += added["tokens"]
         if discarded == MOST_DISCARDED:
             raise UserError(
-                f"data {', '.join(map(repr, names))}: {discarded:,} rows in succession hold no token that is learnt; "
+                f"data {', '.join(map(repr, names))}: {discarded:,} rows in succession hold no token to train on; "
                 "raise sequence_length, set packing: bfd, or set loss_on: all"
             )
 

@@ -67,7 +67,7 @@ def nothing_in(source: DataSource) -> UserError:
             content = f"conversation in column {column!r}"
         case column:
             content = f"text in column {column!r}" if column else "text"
-    return UserError(f"data {source.path!r}: holds no {content}; name a source that does")
+    return UserError(f"data {source.path!r}: holds no {content}; name another source")
 
 
 def column_in(row: Any) -> Column:
@@ -94,8 +94,8 @@ def with_column(source: Source, row: Any) -> Source:
     if (column := column_in(row)) is None:
         columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else "none"
         raise UserError(
-            f"data {source.path!r}: begins with {type(row).__name__} of the columns {columns}; give texts or rows that "
-            "have `messages`, `prompt` and `completion`, or `text`, or name the source's `column`"
+            f"data {source.path!r}: its first row is {type(row).__name__} with the columns {columns}; give texts, or "
+            "rows with `messages`, `prompt` and `completion`, or `text`, or name the source's `column`"
         )
     return replace(source, column=column)
 
@@ -104,7 +104,7 @@ def opened(source: Source) -> Source:
     """``source`` with its columns; without any where it is bundled text."""
     if source.path in BUNDLED:
         if source.column is not None:
-            raise UserError(f"data {source.path!r}: holds texts without columns; leave column out")
+            raise UserError(f"data {source.path!r}: holds texts without columns; remove column")
         local_files(source)
         return source
     if source.column is not None:
@@ -131,9 +131,7 @@ def documents(source: DataSource, *, text_only: bool = False) -> Iterator[str | 
     found = with_column(source, first[1])
     if text_only and not found.is_text:
         content = "images with questions" if found.has_images else "conversations"
-        raise UserError(
-            f"data {source.path!r}: holds {content}, and only distill.data can take those; name its column of text"
-        )
+        raise UserError(f"data {source.path!r}: holds {content}, which only distill.data uses; name its column of text")
     yield from documents_in(itertools.chain([first], rows), found)
 
 
@@ -164,7 +162,7 @@ def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from ((source.path, row) for row in _bundled(source.path))
         return
     if source.path == AUTO:
-        raise UserError(f"data {AUTO!r}: stands for text in measure.data and distill.data alone; name a source here")
+        raise UserError(f"data {AUTO!r}: works only in measure.data and distill.data; name a source here")
     try:
         files = local_files(source)
         if files is None:
@@ -176,9 +174,9 @@ def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not readable"
         reason = str(error).strip().split("\n")[0][:200]
         is_here = Path(source.path).expanduser().exists()
-        remedy = "correct the file, or leave it out" if is_here else _known_sources(source.path)
+        remedy = "fix the file, or remove it" if is_here else _known_sources(source.path)
         if isinstance(error, PermissionError):
-            remedy = "change who may read it, or leave it out"
+            remedy = "change who may read it, or remove it"
         raise UserError(f"data {source.path!r}: cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
 
 
@@ -194,7 +192,7 @@ def _bundled(name: str) -> tuple[Any, ...]:
     try:
         write_json(file, texts, setting="SHOAL_CACHE")
     except UserError as error:
-        log.info("data %r: is made anew every time: %s", name, error)
+        log.info("data %r: is read and tokenised again every time: %s", name, error)
     return tuple(texts)
 
 
@@ -210,13 +208,13 @@ def local_files(source: DataSource) -> list[Path] | None:
     of_split = [file for file in files if file.stem == source.split or file.stem.startswith(f"{source.split}-")]
     is_bundled = source.path in BUNDLED or source.path in BUNDLED_ROWS
     problems = (
-        (is_bundled and (picks or source.name is not None), "is bundled, and has no split and no name; leave them out"),
+        (is_bundled and (picks or source.name is not None), "is bundled, and has no split and no name; remove them"),
         (not path.exists() and is_path, f"no such file or folder; {_known_sources(source.path)}"),
-        (path.exists() and source.name is not None, "name is for the Hub and has no effect here; leave it out"),
-        (path.exists() and not path.is_dir() and not path.is_file(), "is no file but a device or a pipe; name a file"),
-        (path.is_dir() and not files, f"the folder holds no {kinds} file; name one that does"),
+        (path.exists() and source.name is not None, "name is for the Hub and has no effect here; remove it"),
+        (path.exists() and not path.is_dir() and not path.is_file(), "is a device or a pipe; name a regular file"),
+        (path.is_dir() and not files, f"the folder holds no {kinds} file; name another folder"),
         (path.is_file() and not files, f"cannot read {path.suffix!r} files; use one of {kinds}"),
-        (path.is_file() and picks, "is one file, of which split selects nothing; leave split out"),
+        (path.is_file() and picks, "is a single file, which has no splits; remove split"),
         (path.is_dir() and picks and not of_split, f"no file of the folder is named after the split {source.split!r}"),
     )
     if problem := next((words for is_so, words in problems if is_so), None):
@@ -226,7 +224,7 @@ def local_files(source: DataSource) -> list[Path] | None:
 
 def _file_rows(file: Path) -> Iterable[dict[str, Any]]:
     if file.stat().st_size == 0:
-        raise UserError(f"data {str(file)!r}: the file is empty; name a source that holds text")
+        raise UserError(f"data {str(file)!r}: the file is empty; name a file with text")
     reader = READERS[file.suffix.lower()]
     if reader == "text":
         return [{"text": file.read_text(encoding="utf-8")}]
@@ -248,7 +246,7 @@ def _refuse_deep(file: Path, most: int = 500) -> None:
             if line.count(b"[") + line.count(b"{") > most:
                 brackets = re.sub(rb'"(?:[^"\\]|\\.)*"|[^][{}]', b"", line)
                 if max(itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0) > most:
-                    raise UserError(f"data {str(file)!r}: nests deeper than {most}; write it flatter, or leave it out")
+                    raise UserError(f"data {str(file)!r}: nests deeper than {most}; flatten it, or remove it")
 
 
 def _hub_rows(source: DataSource) -> Iterable[dict[str, Any]]:
@@ -363,12 +361,12 @@ def sources_of(
     """
     if is_source(data):
         if loss_on is not None:
-            raise UserError(f"data {name!r}: is a source, which says itself what is learnt of it; leave loss_on out")
+            raise UserError(f"data {name!r}: a source sets loss_on itself; remove loss_on from the arguments")
         return [(source, None) for source in checked(_Sources, {"data": data}, source=name).data]
     documents = documents_of(data, name=name, loss_on=loss_on)
     if is_stream(data):
         if num_tokens is None:
-            raise UserError(f"data {name!r}: is a stream without an end; set num_tokens (of a trainer max_steps)")
+            raise UserError(f"data {name!r}: is a stream without an end; set num_tokens (for a trainer: max_steps)")
         documents = replace(documents, characters=CHARACTERS_PER_TOKEN * num_tokens)
     return [(documents.source, documents)]
 
@@ -386,9 +384,9 @@ def documents_of(
     """
     is_table = hasattr(dataset, "to_dict") and hasattr(dataset, "iloc")
     if is_table or isinstance(dataset, str | Mapping | Iterator | Set) or not isinstance(dataset, Iterable):
-        remedy = "datasets.Dataset.from_pandas makes one of a frame" if is_table else "of several splits give one"
+        remedy = "datasets.Dataset.from_pandas converts a frame" if is_table else "choose one of its splits"
         raise UserError(
-            f"data {name!r}: is {type(dataset).__name__}; give a list of texts, or a data set of rows ({remedy})"
+            f"data {name!r}: is {type(dataset).__name__}; give a list of texts, or a data set with rows ({remedy})"
         )
     source, given = with_column(DataSource(name), next(iter(dataset), None)), {"loss_on": loss_on or "assistant"}
     learnt = checked(Messages, {"messages": "messages", **given}, source=f"data {name!r}").loss_on

@@ -97,7 +97,7 @@ def pack(
     names = source_names([source for source, _ in sources])
     counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
     has_images = any(source.has_images for source, _ in sources)
-    assert not has_images or (layout.folder and num_tokens is not None), "only files hold which image a row has"
+    assert not has_images or (layout.folder and num_tokens is not None), "only files can hold images"
     num_rows = None if num_tokens is None else -(-num_tokens // sequence_length)
     # what bfd leaves out of a document is counted, and of a conversation any part may be the one that teaches
     enough = None if packing == "bfd" or num_rows is None else num_rows * sequence_length
@@ -127,9 +127,9 @@ def pack(
     for name, (source, _) in zip(names, sources, strict=True):
         if source.has_images and not counts[name]["documents"]:
             raise UserError(
-                f"data {name!r}: its share of {num_rows} rows is less than the {layout.rows_per_step} of an optimizer "
-                "step, which hold images all or none, so none would be learnt; raise its weight or num_tokens, or "
-                "lower batch_size"
+                f"data {name!r}: its share of {num_rows} rows is less than the {layout.rows_per_step} of an "
+                "optimizer step (the rows of a step hold images either all or not at all), so none would be trained "
+                "on; raise its weight or num_tokens, or lower batch_size"
             )
     write_json(layout.folder / COUNTS, counts)
     return read_rows(layout.folder)
@@ -184,11 +184,11 @@ def nothing_learnt(source: DataSource) -> UserError:
         words = "no image with its question and answer fits into a row; raise sequence_length"
     elif source.is_chat:
         words = (
-            "no conversation has a token that is learnt (an answer of the assistant, and within the row where packing "
-            "is bfd); name another column, raise sequence_length, or set loss_on: all"
+            "no conversation has a token to train on (an answer of the assistant, within the row if packing is "
+            "bfd); name another column, raise sequence_length, or set loss_on: all"
         )
     else:
-        words = "every document tokenises to nothing; name a source that holds text"
+        words = "every document is empty after tokenisation; name a source with text"
     return UserError(f"data {source.path!r}: {words}")
 
 

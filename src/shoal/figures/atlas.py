@@ -74,7 +74,7 @@ def agreement_figure(agreement: Agreement) -> Figure:
                 colour = DARK_TEXT if value is not None and value > 0.2 else LIGHT_TEXT
                 ax.text(place, row, text, ha="center", va="center", fontsize=7, color=colour if value else INK)
         _name_cells(ax, names, names)
-        ax.set_title("Rank correlation between columns\n≤: what the noise of both columns' items leaves possible")
+        ax.set_title("Rank correlation between columns\n≤: upper limit from the noise of both columns' items")
     return figure
 
 
@@ -115,7 +115,7 @@ def _draw_heat(
     for layer in drop:
         ax.get_yticklabels()[layer].set(color=DROPPED, weight="bold")
     ax.set_ylabel("layer" + (" (× dropped)" if drop else ""))
-    head = "Without each layer: % of the score above chance that is kept,\nor nats added; framed = critical"
+    head = "Without each layer: % of the score above chance kept,\nor added loss (nats per token); framed: critical"
     if metrics:
         head += ". Metrics: darker = higher rank"
     ax.set_title(head, fontsize=10)

@@ -61,7 +61,7 @@ def answer_positions(model: PreTrainedModel, num_positions: int) -> Tensor:
         return (columns_S >= (told - 1 if num_positions >= told else 0)).unsqueeze(0)
     if told is None or told.shape[1] != num_positions:
         raise UserError(
-            f"skip_prompt and skip_written: nothing says where the prompts of these {num_positions} positions end; "
+            f"skip_prompt and skip_written: the ends of the prompts of these {num_positions} positions are unknown; "
             "score and write with shoal's Decoder, or run the model inside answers_at()"
         )
     return told
@@ -196,13 +196,13 @@ class Decoder:
         computed = self.logits(self.hidden(ids))
         if not expected.isfinite().all():
             raise UserError(
-                f"{type(self.model).__name__}: gives logits that are not finite in {self.model.dtype}; set dtype: "
-                "bfloat16 or dtype: float32 in the recipe, or look for damaged weights"
+                f"{type(self.model).__name__}: the logits are not finite in {self.model.dtype}; set dtype: bfloat16 "
+                "or dtype: float32 in the recipe, or check the weights for damage"
             )
         if not torch.allclose(computed, expected, rtol=0.01, atol=0.01 * float(expected.abs().max())):
             raise UserError(
-                f"{type(self.model).__name__}: shoal does not know how this architecture turns hidden states into "
-                "logits; it cannot be evaluated yet"
+                f"{type(self.model).__name__}: shoal does not know how this architecture computes logits from hidden "
+                "states, so it cannot evaluate it yet; give another model"
             )
 
 

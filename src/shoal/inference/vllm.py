@@ -20,13 +20,11 @@ def check_vllm(setting: str) -> None:
         UserError: vLLM is not installed, or several ranks would each start it.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise UserError(
-            f"{setting}: vllm is not installed here; install it, or use backend: transformers, which needs nothing else"
-        )
+        raise UserError(f"{setting}: vllm is not installed; install it, or set backend: transformers")
     if world_size() > 1:
         raise UserError(
-            f"{setting}: vllm manages its own processes and cannot be run by {world_size()} ranks; run the stage once "
-            "without a launcher (what it writes or records is read by any number), or set it to transformers"
+            f"{setting}: vllm manages its own processes and cannot run under {world_size()} ranks; run this stage "
+            "once without a launcher (any number of ranks can read its result), or set it to transformers"
         )
 
 

@@ -49,7 +49,7 @@ def check_mergeable(folder: Path, base: Any) -> None:
         (not (folder / WEIGHTS).is_file(), f"has no {WEIGHTS}; save the adapter as safetensors"),
         (
             getattr(base, "quantization_config", None) is not None,
-            "its base is quantised, and a merge would be rounded away; name the full-precision model",
+            "its base is quantised, and merging would round the adapter away; name the full-precision model",
         ),
     )
     if problem := next((words for is_so, words in problems if is_so), None):
@@ -79,7 +79,10 @@ def merge(folder: Path, base: Path, out: Path) -> None:
     copy_beside(folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else base, out, WITH_TOKENIZER)
     copy_beside(base, out, WITH_MODEL)
     if not torch.equal(_logits(load_model(out)), expected):  # nor is a number equal that overflows
-        raise UserError(f"{folder}: merged and saved, it gives other logits than before; shoal cannot use it")
+        raise UserError(
+            f"{folder}: merged and saved, it gives other logits than before, so shoal cannot use it; give a merged "
+            "model"
+        )
 
 
 def _merged(model: PreTrainedModel, folder: Path, base: Path) -> PreTrainedModel:

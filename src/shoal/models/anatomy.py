@@ -145,8 +145,8 @@ def refuse_both_directions(config: Any) -> None:
     """Refuse to score or train a language model whose tokens see those behind them."""
     if getattr(text_config(config), "use_bidirectional_attention", None) in (True, "all"):
         raise UserError(
-            f"{config.model_type}: its language model reads text in both directions, so that an answer cannot be "
-            "scored or learnt token by token; shoal cuts this family where prune.drop names layers, and does no more"
+            f"{config.model_type}: its language model reads text in both directions, so shoal can neither score nor "
+            "train an answer token by token; shoal can only drop the layers named in prune.drop"
         )
 
 
@@ -155,8 +155,8 @@ def refuse_text_alone(config: Any) -> None:
     refuse_both_directions(config)
     if unread := getattr(text_config(config), "cross_attention_layers", None):
         raise UserError(
-            f"measure: {config.model_type} passes its layers {list(unread)} by where there is no image, so text says "
-            "nothing of them; measure nothing, and name the layers to drop in prune.drop"
+            f"measure: {config.model_type} skips its layers {list(unread)} if there is no image, so text cannot "
+            "measure them; do not measure, and name the layers to drop in prune.drop"
         )
 
 
@@ -173,6 +173,6 @@ def _layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
         if isinstance(layers, nn.ModuleList) and len(layers) == getattr(config, "num_hidden_layers", None):
             return owner, layers
     raise UserError(
-        f"{type(model).__name__}: shoal does not know where this architecture keeps its decoder layers; "
-        "it looks for one list of num_hidden_layers modules"
+        f"{type(model).__name__}: shoal does not know where this architecture keeps its decoder layers; it looks for "
+        "one list of num_hidden_layers modules"
     )

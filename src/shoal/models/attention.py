@@ -82,7 +82,7 @@ def choose_attention(
         told += f", and {config.model_type} can use {'them' if found == VARLEN else 'it'}"
         return Chosen("flash", told if wanted == "auto" else "the recipe names it")
     if wanted != "auto":
-        raise UserError(f"attn_implementation: flash {why_not}; set it to {other}, or auto, what is possible")
+        raise UserError(f"attn_implementation: flash {why_not}; set it to {other}, or to auto")
     lacks = "" if other == "sdpa" else f", and {config.model_type} has no SDPA"
     return Chosen(other, f"flash {why_not}{lacks}")
 
@@ -145,12 +145,15 @@ def _lacks(name: str, config: PreTrainedConfig) -> str:
     """Why the installed kernels ``name`` cannot compute the attention of ``config``; empty = they can."""
     kind, called = _model_class(config), config.model_type
     if kind is None or not kind._supports_flash_attn:
-        return f"is nothing that transformers has for {called}"
+        return f"does not exist in transformers for {called}"
     if name == VARLEN:
         if not kind._supports_sdpa:
             return f"by torch's own kernels is not possible for {called}, which has no SDPA; {INSTALL_FLASH}"
         if '_attn_implementation == "sdpa"' in inspect.getsource(sys.modules[kind.__module__]):
-            return f"by torch's own kernels is not possible for {called}, which does otherwise where SDPA has its name"
+            return (
+                f"by torch's own kernels is not possible for {called}, which computes something else under the name "
+                "SDPA"
+            )
         small = machine.card(local_rank()).capability not in ABLE_GPUS
         if small and (wrong := [size for size in _head_sizes(config) if size in NO_BACKWARD]):
             return (
@@ -167,7 +170,7 @@ def _lacks(name: str, config: PreTrainedConfig) -> str:
         known = inspect.signature(varlen).parameters
     for key, parameter in NOT_EVERYWHERE.items():
         if parameter not in known and (value := getattr(text_config(config), key, None)):
-            return f"has no {parameter} in {name}, and config.json says {key}: {value}"
+            return f"has no {parameter} in {name}, but config.json has {key}: {value}"
     return ""
 
 
@@ -196,11 +199,11 @@ def _in_the_way(config: PreTrainedConfig, precisions: Mapping[str, str]) -> Iter
     if (capability := machine.card(local_rank()).capability)[0] < AMPERE:
         yield f"needs a GPU of compute capability {AMPERE}.0, and this one has {capability[0]}.{capability[1]}"
     if _model_class(config) is None:
-        yield f"is not known to be possible for {config.model_type or type(config).__name__}"
+        yield f"is not known to work for {config.model_type or type(config).__name__}"
     if key := min((key for key, name in precisions.items() if name not in HALVES), default=None):
-        yield f"computes in {' or '.join(HALVES)}, and {key} is {precisions[key]}"
+        yield f"computes in {' or '.join(HALVES)}, but {key} is {precisions[key]}"
     if wrong := [size for size in _head_sizes(config) if size > LARGEST_HEAD or size % 8]:
-        yield f"takes heads of a multiple of 8 numbers up to {LARGEST_HEAD}, and {config.model_type} has {max(wrong)}"
+        yield (f"takes head sizes of a multiple of 8 up to {LARGEST_HEAD}, but {config.model_type} has {max(wrong)}")
     lacking = [_lacks(name, config) for name in _installed(config)]
     if all(lacking):
         yield lacking[0] if lacking else f"has no kernels here: {INSTALL_FLASH}"

@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from shoal.atomic_files import read_json
 from shoal.errors import UserError
 
-DOWNLOAD_AGAIN = "make or download the checkpoint again"
+DOWNLOAD_AGAIN = "create or download the checkpoint again"
 MOST = {"num_hidden_layers": 100_000, "hidden_size": 2**24, "vocab_size": 2**30, "num_attention_heads": 2**24}
 """Numbers of a config.json that have to be above 0 -> no model has more."""
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 """Ends of the names of architectures that read text and write none."""
-NOT_CAUSAL = "is no causal language model of transformers, which writes text from left to right; give one that is"
-WRONG_SHAPES = f"the weights do not have the shapes that config.json says; {DOWNLOAD_AGAIN}"
+NOT_CAUSAL = "is not a causal language model of transformers (one that writes text from left to right); give one"
+WRONG_SHAPES = f"the weights do not have the shapes that config.json gives; {DOWNLOAD_AGAIN}"
 SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 OTHER_VOCABULARIES = ("*.model", "*.tiktoken", "vocab.txt")
@@ -119,8 +119,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in _indexed(folder / INDEX_FILE)]
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     raise UserError(
-        f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}, only {', '.join(others) or 'no weights'}; give a "
-        "complete checkpoint in safetensors: pickled weights are never opened"
+        f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there, only {', '.join(others) or 'no weights'}; give "
+        "a complete checkpoint in safetensors (shoal never opens pickled weights)"
     )
 
 
@@ -129,7 +129,7 @@ def _indexed(index: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if elsewhere := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{elsewhere[0]!r} is no file of this folder")
+            raise ValueError(f"{elsewhere[0]!r} is not a file of this folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: is damaged ({error!r}); {DOWNLOAD_AGAIN}") from error
     return names
@@ -144,7 +144,7 @@ def read_shards(folder: Path) -> list[Shard]:
     shards = [read_header(file) for file in weight_files(folder)]
     names = [name for shard in shards for name in shard.tensors]
     if twice := sorted(name for name, times in Counter(names).items() if times > 1):
-        raise UserError(f"{folder}: {twice[0]} lies in two files; {DOWNLOAD_AGAIN}")
+        raise UserError(f"{folder}: {twice[0]} is in two files; {DOWNLOAD_AGAIN}")
     return shards
 
 
@@ -189,12 +189,13 @@ def check_config(folder: Path) -> None:
     """Refuse a folder without config.json, or with one that can describe no causal language model."""
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder}: has no config.json, so it is no Hugging Face checkpoint; give the folder that holds one"
+            f"{folder}: config.json is missing, so this is not a Hugging Face checkpoint; give a folder with "
+            "config.json"
         )
     config = json_or_empty(folder / "config.json")
     for section, (name, most) in itertools.product((config, text_part(config)), MOST.items()):
         if isinstance(count := section.get(name), int) and not 0 < count <= most:
-            raise UserError(f"{folder}: config.json says {name}: {count}; correct it, or {DOWNLOAD_AGAIN}")
+            raise UserError(f"{folder}: config.json has {name}: {count}; correct it, or {DOWNLOAD_AGAIN}")
     names = config.get("architectures")
     if isinstance(names, list) and names and str(names[0]).endswith(NO_DECODERS):
         raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
@@ -301,7 +302,7 @@ def read_header(file: Path) -> Shard:
             that contradicts itself.
     """
     if not file.is_file():
-        raise UserError(f"{file}: is named by the checkpoint's index but missing; download the checkpoint again")
+        raise UserError(f"{file}: is listed in the checkpoint's index but missing; download the checkpoint again")
     with file.open("rb") as handle:  # first: of one that may not be read the library says that there is none
         try:
             with safe_open(file, "np"):

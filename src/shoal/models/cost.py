@@ -129,8 +129,8 @@ def _enclosing_experts(name: str, modules: dict[str, nn.Module]) -> tuple[int, i
         if isinstance(top_k := getattr(module, "top_k", None), int):
             return top_k, getattr(experts, "num_experts", None)
     raise UserError(
-        f"{name}: shoal does not know how many of these experts a token is sent to, so it cannot tell what this model "
-        "costs; leave --dry-run out, or set eval.speed: false"
+        f"{name}: the number of experts per token is unknown, so shoal cannot estimate the cost of this model; run "
+        "without --dry-run, or set eval.speed: false"
     )
 
 

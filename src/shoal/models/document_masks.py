@@ -125,10 +125,10 @@ LOOKED_AT = 64
 BEYOND_ROUNDING = 0.05
 """Share of a state's norm: in bfloat16 experts may round otherwise when other tokens come to them."""
 
-IN_TRAINING = "Teacher and student read the same; fewer documents share a row where distill.sequence_length is shorter"
+IN_TRAINING = "Teacher and student see the same rows; a shorter distill.sequence_length puts fewer documents into a row"
 WHILE_MEASURED = (
-    "Metrics of states and gradients, removal factors and diagnostics read them so; fewer documents share a row where "
-    "measure.sequence_length is shorter"
+    "This affects metrics of states and gradients, removal factors and diagnostics; a shorter "
+    "measure.sequence_length puts fewer documents into a row"
 )
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def warn_of_mixed_documents(
         if _documents_meet(model, ids_1S):
             log.warning(
                 "%s: documents that share a row see each other: layers of this family carry a state from token to "
-                "token and do not read where a document begins. %s",
+                "token and ignore document borders. %s",
                 model.config.model_type,
                 consequence,
             )

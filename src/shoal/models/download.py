@@ -23,7 +23,9 @@ CONFIGS = ("config.json", ADAPTER_CONFIG)
 NOT_DOWNLOADED: dict[type[Exception] | tuple[type[Exception], ...], str] = {
     errors.HFValidationError: "neither a folder nor a Hub id nor demo:<name>; give one of these",
     errors.GatedRepoError: "is gated; accept its terms on the Hub and run `hf auth login`",
-    errors.RepositoryNotFoundError: "not found on the Hub; check the spelling",
+    errors.RepositoryNotFoundError: (
+        "not found on the Hub; check the spelling, and if the repository is private, run `hf auth login`"
+    ),
     errors.RevisionNotFoundError: "has no such revision on the Hub; check the spelling",
     NO_ANSWER: NO_HUB,
     Exception: "no such folder, and the Hub cannot be reached ({}); give a local path, or demo:smollm2-135m, "

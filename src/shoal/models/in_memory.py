@@ -52,7 +52,9 @@ def as_model(model: Model, name: str = "model", *, is_placed: bool = True, **set
         return as_model((loaded.to(device()) if is_placed else loaded).eval(), name)
     require_usable(model, name)
     if is_placed and model.device.type == "cpu" and torch.accelerator.is_available():
-        log.warning("%s: is on the CPU, where it will compute; %s is idle: call .to(%r)", name, *[device().type] * 2)
+        log.warning(
+            "%s: is on the CPU and will compute there, so %s is not used: call .to(%r)", name, *[device().type] * 2
+        )
     return model
 
 
@@ -68,14 +70,14 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
             f"{name}: is {type(model).__name__}; give a model of transformers (of PEFT: merge_and_unload() first)"
         )
     if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(f"{name}: has no weights, it is on the meta device; load it with from_pretrained")
+        raise UserError(f"{name}: is on the meta device and has no weights; load it with from_pretrained")
     kernels, kind = getattr(model.config, "_attn_implementation", None) or "sdpa", text_config(model.config)
     attention = named(kernels)
     exception = family(kind.model_type).no_flash if attention == "flash" and kernels != VARLEN else ""
     if attention not in ("flash", "sdpa", "eager") or exception:
         raise UserError(
-            f"{name}: its attention is {attention}, of which {kind.model_type} {exception or 'is not known'} to keep "
-            "apart documents that share a row; load it with attn_implementation='sdpa', or call "
+            f"{name}: its attention is {attention}, which for {kind.model_type} {exception or 'is not known'} to "
+            "keep apart documents that share a row; load it with attn_implementation='sdpa', or call "
             "set_attn_implementation('sdpa')"
         )
 
@@ -89,11 +91,11 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrain
     """
     if tokenizer is None:
         if not (source := model.config.name_or_path):
-            raise UserError("tokenizer: is missing, and the model has no name that leads to one; give it")
+            raise UserError("tokenizer: is missing, and the model has no name to load it from; pass the tokenizer")
         try:
             tokenizer = AutoTokenizer.from_pretrained(resolve_model(source) if DEMO_PREFIX in source else source)
         except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer: the name of the model, {source!r}, leads to none; give one") from error
+            raise UserError(f"tokenizer: none found under the model's name, {source!r}; pass the tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"tokenizer: is {type(tokenizer).__name__}; give a tokenizer of transformers")
     embeddings = model.get_input_embeddings()

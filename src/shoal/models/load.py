@@ -54,11 +54,11 @@ ALIGNMENT = 64
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Plain floating-point dtypes by their names in safetensors files."""
 SAID = {
-    "trust_remote_code": "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the "
-    "recipe if you trust it",
-    "model type": "this transformers does not know the architecture; upgrade it, or give another model",
+    "trust_remote_code": "needs code that comes with the checkpoint; read the code, and if you trust it, set "
+    "trust_remote_code: true in the recipe",
+    "model type": "this version of transformers does not know the architecture; upgrade it, or give another model",
     "Unrecognized configuration class": NOT_CAUSAL,
-    "attn_implementation": "does not have the attention that the recipe sets; set another",
+    "attn_implementation": "does not have the attention that the recipe sets; set attn_implementation: auto",
     "ignore_mismatched_sizes": WRONG_SHAPES,
     "negative dimension": f"config.json gives a negative size; {DOWNLOAD_AGAIN}",
 }
@@ -90,7 +90,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """
     with _explained(folder, "no usable tokenizer ({}); copy the base model's tokenizer files there"):
         if not has_tokenizer(folder):  # of some families transformers would make one that knows no word
-            raise FileNotFoundError("there is no file of one")
+            raise FileNotFoundError("the tokenizer files are missing")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not isinstance(tokenizer.model_max_length, int | float):
             raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}")
@@ -109,13 +109,13 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
         UserError: none there, one that reads no images, or one that needs a package that is not installed.
     """
     remedy = (
-        "no usable processor of images ({}); copy processor_config.json or preprocessor_config.json of the base model "
-        "there, or install what is missing"
+        "no usable image processor ({}); copy processor_config.json or preprocessor_config.json of the base model "
+        "there, or install the missing package"
     )
     with _explained(folder, remedy):
         processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not hasattr(processor, "image_processor"):
-            raise ValueError("it reads text alone")
+            raise ValueError("it reads only text")
     return processor
 
 
@@ -157,7 +157,8 @@ def refuse_ids_beyond(rows: int, tokenizer: PreTrainedTokenizerBase, name: str) 
         worst = max(beyond, key=lambda token: ids[token])
         raise UserError(
             f"{name}: the tokenizer's largest token id is {ids[worst]:,} ({worst!r}), but the model has embeddings "
-            f"for the ids 0 to {rows - 1:,} only; give the tokenizer that it was trained with, or resize its embeddings"
+            f"only for the ids 0 to {rows - 1:,}; give the tokenizer that the model was trained with, or resize the "
+            "embeddings"
         )
 
 
@@ -202,9 +203,7 @@ def load_model(
     model, report = loaded
     refuse_incomplete(folder, model.config.model_type, report["missing_keys"])
     if unused := sorted(report["unexpected_keys"]):
-        log.warning(
-            "%s: %d tensors have no place in the model and are ignored (%s, ...)", folder, len(unused), unused[0]
-        )
+        log.warning("%s: ignores %d tensors that do not belong to the model (%s, ...)", folder, len(unused), unused[0])
     return model.eval() if placed else model.to(device).eval()
 
 
@@ -441,7 +440,7 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     Raises:
         UserError: transformers has no causal language model of that type, or needs a package that is not installed.
     """
-    remedy = f"cannot be built as config.json says ({{}}); install what is missing, or {DOWNLOAD_AGAIN}"
+    remedy = f"cannot be built from config.json ({{}}); install the missing package, or {DOWNLOAD_AGAIN}"
     with _explained(config.model_type, remedy):
         with torch.device("meta"), no_init_weights():
             # transformers writes precision and attention into what it is given

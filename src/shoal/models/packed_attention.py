@@ -43,7 +43,7 @@ def varlen_attention(
     if not isinstance(attention_mask, Documents):
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **settings)
     if changed := [name for name in ("s_aux", "softcap", "position_bias") if settings.get(name) is not None]:
-        raise ValueError(f"attention {VARLEN} does not know {changed[0]}; set attn_implementation to sdpa or eager")
+        raise ValueError(f"attention {VARLEN} does not support {changed[0]}; set attn_implementation to sdpa or eager")
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"attention {VARLEN}: {query.shape[2]} queries for {key.shape[2]} keys of packed rows")
     from torch.nn.attention.varlen import varlen_attn  # which older versions do not have

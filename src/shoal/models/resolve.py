@@ -115,7 +115,7 @@ def _merged_adapter(folder: Path) -> Path:
     config, setting = json_or_empty(folder / ADAPTER_CONFIG), f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or Path(name).expanduser().resolve() == folder.resolve():
-        raise UserError(f"{setting}: names no base model; set it to the model that the adapter was trained on")
+        raise UserError(f"{setting}: no base model is named; set it to the model that the adapter was trained on")
     try:
         base = resolve_model(name, revision=config.get("revision"))
         check_mergeable(folder, load_config(base))
@@ -129,7 +129,7 @@ def _merged_adapter(folder: Path) -> Path:
     target = cache_dir() / "adapters" / fingerprint(content)
     action = f"merging {folder} into its base {base}, once (in float32)"
     _made_once(target, lambda temporary: merge(folder, base, temporary), action=action)
-    log.info("%s is a LoRA adapter: the model is %s, where it is merged into its base", folder, target)
+    log.info("%s is a LoRA adapter: the merged model is in %s", folder, target)
     return target
 
 
@@ -155,6 +155,6 @@ def _is_whole(folder: Path) -> bool:
     try:
         check_checkpoint(folder)
     except UserError as error:
-        log.warning("%s; making it again", error)
+        log.warning("%s; converting it again", error)
         return False
     return True

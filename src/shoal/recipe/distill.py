@@ -23,34 +23,32 @@ Precision = Literal["auto", "float32", "bf16-mixed", "bf16-true", "fp16-mixed", 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(Section):
-    """How the teacher writes a source: it goes on from openings of its texts, or writes the last assistant's turn of
-    its conversations anew."""
+    """Let the teacher write the text: continue openings of texts, or replace the last assistant turn of
+    conversations."""
 
     prompt_tokens: Positive = 24
-    """Tokens of an opening; of a conversation all before the turn."""
+    """Tokens of an opening; a conversation keeps everything before the turn."""
     max_new_tokens: Positive = 232
-    """Most tokens that the teacher writes; conversations that leave a row no room for so many are left out."""
+    """Maximum number of tokens that the teacher writes. Conversations too long for a row are skipped."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Temperature of sampling: 1 = the teacher's own distribution; 0 = always the likeliest token."""
+    """Sampling temperature. `1`: the teacher's own distribution; `0`: always the most probable token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the probability whose likeliest tokens are drawn from; 1 = all tokens."""
+    """Probability mass of the most probable tokens to sample from. `1`: all tokens."""
     keep: Literal["all", "correct"] = "all"
-    """correct = only turns whose final answer is that of the turn in the data."""
+    """Texts to keep. `correct`: only turns with the same final answer as in the data."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """Library that runs the teacher; vllm has to be installed, and writes on one rank."""
+    """Library that runs the teacher. `vllm`: must be installed, and runs on one rank."""
 
 
 @dataclass(frozen=True)
 class TrainingSource(DataSource):
-    """Where training text comes from, and which loss terms learn from it."""
+    """Source of training text, and its losses."""
 
     losses: Annotated[Losses | None, Field(exclude_if=lambda terms: terms is None)] = None
-    """What is learnt from the tokens of this source; None = distill.losses. A term's sum is divided by all supervised
-    tokens of the step, whichever source it is of: one that learns from few tokens adds little. Sources whose terms ask
-    no teacher have rows of their own, which it does not read."""
+    """Losses for the tokens of this source. Default: distill.losses. Each sum is divided by all trained tokens of the
+    step, so a source with few tokens adds little. Without a teacher's loss, the teacher does not read these rows."""
     generate: Annotated[Generate | None, Field(exclude_if=lambda generate: generate is None)] = None
-    """The teacher writes the text before training, as many tokens as the source's share by weight; None = the text as
-    it is."""
+    """Let the teacher write this source's text before training. Default: the text itself."""
 
 
 TrainingData = Annotated[tuple[TrainingSource, ...], listed_as("path"), Field(min_length=1)]
@@ -59,36 +57,31 @@ TrainingData = Annotated[tuple[TrainingSource, ...], listed_as("path"), Field(mi
 
 @dataclass(frozen=True)
 class Live(Section):
-    """The teacher runs in training, beside the student."""
+    """Run the teacher during training."""
 
     kind: Annotated[Literal["live"], Shapes.TRAINING] = "live"
     dtype: Annotated[Dtype | None, Shapes.TRAINING] = None
-    """Precision of the teacher; None = the recipe's dtype."""
+    """Precision of the teacher. Default: the recipe's dtype."""
     offload: Annotated[bool, Shapes.NOTHING] = False
-    """Keep the teacher's weights in CPU memory and bring them over layer by layer: slower, and a large model less on
-    the device. ZeRO 3 shards it instead."""
+    """Keep the teacher's weights in CPU memory: slower, less memory on the device. ZeRO 3 shards them instead."""
 
 
 @dataclass(frozen=True)
 class Recorded(Section):
-    """What the teacher says of the training rows is written down before training, by `shoal record` or by the training
-    itself, and read in training. It is what the loss terms ask: the teacher's distributions at their temperature, which
-    has to be one, and the states of layers that hidden_states terms compare with, two bytes per hidden dimension, token
-    and layer."""
+    """Store the teacher's outputs before training, and train from the files. They hold its distributions at the losses'
+    temperature, and the states for hidden_states (two bytes per hidden dimension, token and layer)."""
 
     kind: Annotated[Literal["recorded"], Shapes.TRAINING] = "recorded"
     path: Annotated[Text | None, Shapes.NOTHING] = None
-    """Folder of the files, which several runs can share: never overwritten, and refused where it holds something else.
-    None = RUN_DIR/signals, which is made again when it is out of date."""
+    """Folder of the files; several runs can share it. A folder with other files is an error. Default: RUN_DIR/signals,
+    replaced if out of date."""
     top_k: Annotated[Positive, Shapes.SIGNALS | Shapes.TRAINING] = 32
-    """Most probable next tokens kept per position, with their log-probabilities; the rest is kept as one sum."""
+    """Number of most probable next tokens stored per position. The other probabilities are stored as one sum."""
     prefix: Annotated[bool, Shapes.TRAINING] = False
-    """Record the teacher's state below the lowest trained layer too, so that neither model runs what lies under it: a
-    number per hidden dimension and token, in the teacher's precision. It serves runs whose plan and trainable leave as
-    many layers untouched."""
+    """Also store the teacher's state below the lowest trained layer. Then neither model runs the layers below. Takes
+    one number per hidden dimension and token."""
     backend: Annotated[Literal["transformers", "vllm"], Shapes.SIGNALS | Shapes.TRAINING] = "transformers"
-    """Library that runs the teacher; vllm has to be installed, records on one rank, and is refused where it does not
-    say what transformers computes."""
+    """Library that runs the teacher. `vllm`: must be installed, runs on one rank, and must agree with transformers."""
 
     def folder(self, run_dir: str | Path) -> Path:
         """Where the files of a run lie."""
@@ -104,19 +97,18 @@ TeacherSource = Annotated[
 
 @dataclass(frozen=True)
 class Watch(Section):
-    """What is scored while the student trains."""
+    """Scores during training."""
 
     eval_steps: Annotated[Annotated[float, Field(gt=0, lt=1)] | Positive, Shapes.TRAINING] = 0.25
-    """Steps from one scoring to the next, or below 1 their share of all steps; the student is scored before the first
-    step and after the last one too."""
+    """Steps between two scorings; below 1, a share of all steps. The first and the last state are scored too."""
     perplexity_tokens: Annotated[int, Field(ge=0), Shapes.TRAINING] = 4096
-    """Tokens of eval.perplexity_data; 0 = none."""
+    """Tokens of eval.perplexity_data. `0`: no perplexity."""
     tasks: Annotated[Names, Shapes.TRAINING] = ()
-    """lm-eval tasks, one or two per ability; few items, since every scoring costs what they cost."""
+    """Tasks to score, one or two per ability."""
     limit: Annotated[Positive, Shapes.TRAINING] = 32
-    """Items per task: the first ones that eval.limit would take."""
+    """Items per task: the first ones of eval.limit."""
     metric_for_best_model: Annotated[str | None, Shapes.TRAINING] = None
-    """Score, `perplexity` or a task, whose best state becomes distilled/; None = the last state."""
+    """Score that selects the state for distilled/: `perplexity` or a task. Default: the last state."""
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -126,23 +118,21 @@ class Watch(Section):
 
 @dataclass(frozen=True)
 class Lora(Section):
-    """Train two small matrices beside each weight instead of the weight (LoRA, Hu et al. 2021, arXiv:2106.09685).
-
-    Their product is merged into the weights when the student is written, so that distilled/ is a plain checkpoint.
-    """
+    """Train low-rank adapters instead of the weights (LoRA, Hu et al. 2021, arXiv:2106.09685). They are merged into the
+    weights at the end, so distilled/ is a plain checkpoint."""
 
     r: Annotated[Positive, Shapes.TRAINING] = 16
-    """Rows of the one matrix and columns of the other."""
+    """Rank of the adapters."""
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False), Shapes.TRAINING] = 32.0
-    """The adapters' product is scaled by lora_alpha / r."""
+    """Scale of the adapters: their product is multiplied by lora_alpha / r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1), Shapes.TRAINING] = 0.0
-    """Share of the adapters' inputs set to zero. The draws differ with the number of ranks, so the curve does too."""
+    """Share of the adapters' inputs set to zero. The random draws depend on the number of ranks."""
     target_modules: Annotated[Annotated[tuple[Text, ...], Field(min_length=1)] | None, Shapes.TRAINING] = None
-    """Linear modules that get an adapter, by the end of their names (`q_proj`, `mlp.down_proj`), in those layers that
-    distill.trainable trains; None = all of them there."""
+    """Linear modules with an adapter, by the end of their names (`q_proj`, `mlp.down_proj`). Default: all linear
+    modules of the trained layers."""
     load_in_4bit: Annotated[bool, Shapes.TRAINING] = False
-    """Hold frozen weights of the layers in 4 bits (nf4) while training (QLoRA, Dettmers et al. 2023,
-    arXiv:2305.14314); needs bitsandbytes. Adapters are merged into the weights as they were before that."""
+    """Hold frozen weights in 4 bits during training (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Needs
+    bitsandbytes. Adapters are merged into the original weights."""
 
     def require_packages(self) -> None:
         """Refuse 4-bit weights without the package that makes them."""
@@ -155,86 +145,76 @@ class Lora(Section):
 
 @dataclass(frozen=True)
 class OnPolicy(Section):
-    """In a share of the steps the student's own samples stand in for the data (GKD, arXiv 2306.13649).
-
-    Where a text ends in three or more copies of at most 64 tokens, what stands behind the second copy is not learnt, if
-    the teacher goes along: its mean log-probability of these tokens is above log 0.5.
-    """
+    """Train a share of the steps on the student's own samples (GKD, arXiv:2306.13649). Repetitions at the end of a
+    sample are not trained on if the teacher would repeat too."""
 
     share: Annotated[float, Field(gt=0, le=1), Shapes.TRAINING] = 0.5
-    """Probability that a step trains on samples, GKD's lambda; 1 = in every step."""
+    """Probability that a step uses samples (GKD's lambda). `1`: every step."""
     start: Annotated[float, Field(ge=0, lt=1), Shapes.TRAINING] = 0.3
-    """Share of all steps that come before the first on-policy one: a student that cannot write yet wastes its time."""
+    """Share of all steps before the first step with samples."""
     prompt_tokens: Annotated[Positive, Shapes.TRAINING] = 24
-    """Tokens of running text that the student goes on from, or as many as max_new_tokens leave of a row; of a
-    conversation it gets all up to an assistant's turn."""
+    """Tokens of text that the student continues, as far as the row has room. Conversations: everything before an
+    assistant's turn."""
     max_new_tokens: Annotated[Positive, Shapes.TRAINING] = 128
-    """Most tokens that the student writes after a prompt."""
+    """Maximum number of tokens that the student writes."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TRAINING] = 1.0
-    """Temperature of sampling, not of the loss; 0 = always the likeliest token."""
+    """Sampling temperature. `0`: always the most probable token."""
 
 
 @dataclass(frozen=True)
 class Distill(Section):
-    """How the pruned model is distilled from its teacher."""
+    """Training of the pruned model with the teacher."""
 
     data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource(AUTO),)
-    """Text that the student is trained on, and images with questions and answers."""
+    """Training text, and images with questions and answers."""
     num_tokens: Annotated[Positive, Shapes.TRAINING] = 200_000
-    """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
+    """Training tokens over all ranks. Sets the number of steps, unless trainer.max_steps does."""
     sequence_length: Annotated[RowLength, Shapes.ROWS | Shapes.TRAINING] = 512
     """Tokens of one row."""
     batch_size: Annotated[Positive | None, Shapes.TRAINING] = None
-    """Rows of one optimizer step over all ranks, so that a run means the same, and goes on, on any number of ranks;
-    gradients are accumulated accordingly. None = what one step of trainer.per_device_train_batch_size comes to."""
+    """Rows of one optimizer step over all ranks; gradients are accumulated accordingly. Keeps the training equal on any
+    number of ranks. Default: trainer.per_device_train_batch_size times the ranks."""
     packing: Annotated[Packing, Shapes.ROWS | Shapes.TRAINING] = "wrapped"
-    """wrapped: what does not fit a row goes on in the next as a document of its own. bfd: documents stay whole, what
-    is longer than a row is cut, and rows are padded."""
+    """Packing of documents into rows. `wrapped`: long documents continue in the next row; `bfd`: documents stay whole,
+    longer ones are cut, and rows are padded."""
     losses: Annotated[Losses, Shapes.TRAINING] = (ForwardKL(),)
-    """What the student is to match: the sum of these terms, each times its weight; learnt from all sources without
-    losses of their own, and from the student's own samples."""
+    """Losses: the sum of these terms, each times its weight. They apply to sources without losses of their own, and to
+    the student's samples."""
     trainable: Annotated[Trainable, Shapes.TRAINING] = "all"
-    """Weights that are trained: everything; all but embeddings and head; the layers from the first cut up, with the
-    final norm (an edited layer counts as a cut); those next to a gap; or final norm and head. What lies below is still
-    the teacher, so there it is computed once for both and needs neither a backward pass nor optimizer state."""
+    """Weights to train. `all`: everything; `layers`: all but embeddings and head; `from_first_cut`: the layers above
+    the first dropped one, and the final norm; `near_gaps`: the layers next to dropped ones; `norm_and_head`: final norm
+    and head. The layers below run once for both models."""
     lora: Annotated[Lora | None, Shapes.TRAINING] = None
-    """Adapters beside the weights of the trained layers instead of these weights; None = train the weights."""
+    """LoRA adapters for the trained layers. Default: train the weights themselves."""
     teacher: Annotated[TeacherSource, Shapes.TRAINING] = Live()
-    """Where the teacher's signals come from: `live`, it runs in training; or `recorded`, it has spoken before."""
+    """Origin of the teacher's outputs. `live`: run the teacher during training; `recorded`: read stored outputs."""
     on_policy: Annotated[OnPolicy | None, Shapes.TRAINING] = None
-    """Steps in which the student learns from what it writes itself; None = none."""
+    """Training on the student's own samples. Default: none."""
     watch: Annotated[Watch | None, Shapes.TRAINING] = Watch()
-    """Scoring while training, which shapes the result where it chooses the best state; None, or one that scores
-    nothing = none."""
+    """Scores during training; they can select the best state. `None`: no scores."""
     stop_on_spike: Annotated[Annotated[float, Field(gt=1, allow_inf_nan=False)] | None, Shapes.NOTHING] = 10.0
-    """A step whose loss is more than so many times the median of the steps before ends the training, its batch kept for
-    a look; None = only a loss that is no number does."""
+    """Stop if the loss exceeds this multiple of the recent median. The batch is saved. `None`: stop only on NaN or
+    infinity."""
     precision: Annotated[Precision, Shapes.TRAINING] = "auto"
-    """float32; float32 weights under autocast to bfloat16 (bf16-mixed) or float16 (fp16-mixed, with loss scaling, on
-    accelerators); or weights of two bytes, of which the optimizer steps float32 copies and to which residual stream and
-    norms are rounded too: bf16-true, whose gradients add up in float32, under ZeRO 1 to 3, and fp16-true. auto = what
-    the DeepSpeed configuration says, else float32 weights and what the device multiplies fast in, or what this training
-    was begun in."""
+    """Precision of weights and products in training. `bf16-mixed` and `fp16-mixed`: float32 weights with autocast;
+    `bf16-true` (ZeRO 1 to 3) and `fp16-true`: two-byte weights with float32 copies in the optimizer. `auto`: that of
+    the DeepSpeed configuration, else float32 weights with the fastest products of the device."""
     profile: Annotated[tuple[Positive, Positive] | None, Shapes.NOTHING] = None
-    """First and last optimizer step that torch.profiler traces, counted from 1, into RUN_DIR/profile: a file of every
-    rank, for chrome://tracing or Perfetto. The first steps of a run are slower than others. None = none."""
+    """First and last step for torch.profiler, counted from 1, written to RUN_DIR/profile. Open the files in
+    chrome://tracing or Perfetto. Default: none."""
     trainer: Annotated[dict[str, Any], Shapes.BY_CONTENT, Field(json_schema_extra={"default": DEFAULTS})] = field(
         default_factory=dict
     )
-    """Arguments of transformers.TrainingArguments; these defaults are shoal's, what is not said stays as they are. All
-    but those of saving, logging and loading data shape the training. use_liger_kernel runs RMS norms, gated MLPs and
-    rotary embedding of both models by Liger's kernels, on GPUs. torch_compile compiles the decoder layers of both
-    models, the loss at the head and, on a GPU, the step that writes on-policy samples; what cannot be compiled runs as
-    it is, after a warning. ddp_timeout is how long a collective waits for a late rank. bf16 and fp16 are precision's
-    bf16-mixed and fp16-mixed."""
+    """Arguments of transformers.TrainingArguments. The defaults shown are shoal's. `use_liger_kernel`: Liger's kernels
+    for norms, MLPs and rotary embedding, on GPUs. `torch_compile`: compile the decoder layers and the loss.
+    `ddp_timeout`: seconds to wait for a late rank."""
     deepspeed: Annotated[str | dict[str, Any] | None, Shapes.BY_CONTENT] = "zero2"
-    """DeepSpeed configuration: a name in configs/deepspeed (zero0 to zero3, zero2_offload, zero3_offload,
-    zero3_nodes), a path, or
-    the mapping itself; None = ZeRO 0."""
+    """DeepSpeed configuration: a shipped name, a path or a mapping. Names: zero0 to zero3, zero2_offload,
+    zero3_offload, zero3_nodes. `None`: ZeRO 0."""
 
     def __post_init__(self) -> None:
         if self.profile is not None and self.profile[0] > self.profile[1]:
-            raise ValueError(f"profile ends before it begins (got {list(self.profile)})")
+            raise ValueError(f"profile: the end is not above the beginning (got {list(self.profile)})")
         if self.watch is not None and not self.watch.scores and self.watch.metric_for_best_model is None:
             object.__setattr__(self, "watch", None)
         # transformers' words for precision: said where nothing else is, or said twice

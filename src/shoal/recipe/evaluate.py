@@ -58,47 +58,45 @@ class Limited(Section):
 
 @dataclass(frozen=True)
 class Eval(Limited):
-    """What the models are scored on."""
+    """Evaluation of the models."""
 
     tasks: Annotated[Annotated[Names, Field(min_length=1)], Shapes.SCORES] = (
         *("retrieval_continuation", "knowledge_continuation", "reasoning_continuation"),
         *("retrieval_reworded_continuation", "knowledge_reworded_continuation", "reasoning_reworded_continuation"),
     )
-    """Tasks, groups and suites to score, from shoal (configs/tasks) and from lm-eval. A suite sets its limits and
-    perplexity_tokens: quick (minutes, bundled data), transfer (minutes, judges a distilled model), standard or full; of
-    several suites the first one's numbers count. Default: every ability in the trained wording and reworded, because
-    scores in the trained wording alone may show a learnt wording."""
+    """Tasks, groups and suites by name, of shoal and of lm-eval. Suites: quick (minutes, bundled data), transfer
+    (minutes, judges a distilled model), standard, full; the first suite sets limit and perplexity_tokens. Default:
+    every ability in the trained wording and reworded, to separate learnt wording from recovered ability."""
     limit: Annotated[Limit, Shapes.SCORES] = 200
-    """Items per task, or of single tasks by name: {default: 200, gsm8k: 100}; None = all. It caps a suite's limits of
-    single tasks too."""
+    """Items per task, or per named task: {default: 200, gsm8k: 100}. `None`: all items. Also the maximum for tasks with
+    a limit from a suite."""
     batch_size: Annotated[Positive | Literal["auto"], Shapes.SCORES] = "auto"
-    """Prompts or questions per rank at one time, in measure.sweep each under all variants; auto = 16, and 8 there."""
+    """Prompts per rank at the same time. `auto`: 16, or 8 in the ablation, where each prompt runs under all
+    variants."""
     num_fewshot: Annotated[Annotated[int, Field(ge=0)] | None, Shapes.SCORES | Shapes.IMPORTANCE] = None
-    """Examples shown before each item, in measure.sweep too; None = each task's own default."""
+    """Examples before each item, also in measure.sweep. Default: each task's own number."""
     apply_chat_template: Annotated[bool, Shapes.SCORES | Shapes.IMPORTANCE] = False
-    """Ask as lm-eval does with its setting of this name, in measure.sweep too: every item is what the user says, in the
-    tokenizer's chat template, and examples are turns before it. For models that are tuned to follow instructions."""
+    """Ask through the tokenizer's chat template, like lm-eval, also in measure.sweep. Examples become turns. For
+    instruction-tuned models."""
     include_path: Annotated[str | None, Shapes.SCORES | Shapes.IMPORTANCE] = None
-    """A further folder of task YAMLs."""
+    """Folder with your own task YAML files."""
     data_dir: Annotated[str | None, Shapes.BY_CONTENT] = None
-    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
+    """Folder with one folder per data set, used instead of the Hub."""
     perplexity_data: Annotated[Data, Shapes.PERPLEXITY | Shapes.SCORES] = (TextSource("python_docs_heldout"),)
-    """Running text that is scored token by token, in windows of 512 tokens, or of all positions of a model that has
-    fewer."""
+    """Running text for perplexity. Windows have 512 tokens, or the model's positions if fewer."""
     perplexity_tokens: Annotated[int, Field(ge=0), Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
-    """Tokens of running text; 0 = none is scored."""
+    """Tokens of running text. `0`: no perplexity."""
     backend: Annotated[
         Literal["transformers", "vllm"], Shapes.SCORES, Field(exclude_if=lambda backend: backend == "transformers")
     ] = "transformers"
-    """Library that runs the models. vllm has to be installed, needs a GPU and answers on one rank. Its likelihoods and
-    texts are its own, so its scores are compared with scores of vLLM alone. Speed is measured with transformers."""
+    """Library that runs the models. `vllm`: must be installed, needs a GPU and one rank, and its scores are only
+    comparable with scores of vllm. Speed is always measured with transformers."""
     control: Annotated[bool, Shapes.NOTHING] = False
-    """Train the teacher too, on the same rows with the same settings, and score it as the role `control`, which
-    shows what training on this text does to a model that has lost nothing. Takes longer than training the student."""
+    """Also train the teacher on the same rows and score it as `control`. It shows how this text changes an unpruned
+    model. Takes longer than training the student."""
     speed: Annotated[bool | Annotated[tuple[Positive, ...], Field(min_length=1)], Shapes.SPEED] = True
-    """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and
-    distilled, interleaved; a list names the sequences at once. true = 1 and 4 on a CPU, 1, 8 and 32 on an
-    accelerator."""
+    """Measure speed and memory of teacher, pruned and distilled. A list names the numbers of sequences at the same
+    time. `true`: 1 and 4 on a CPU; 1, 8 and 32 on a GPU."""
 
     def at_once(self, auto: int = 16) -> int:
         """Prompts or questions per rank at one time."""

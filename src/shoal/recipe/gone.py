@@ -21,7 +21,7 @@ def gone(place: str) -> str | None:
     words = GONE.get(place) or GONE.get(place.partition(".")[0])
     if words is None:
         return None
-    return "gone since 0.1; " + (f"write {words[3:].replace(' =', ':')}" if words.startswith(MOVES) else words)
+    return "removed in 0.1; " + (f"write {words[3:].replace(' =', ':')}" if words.startswith(MOVES) else words)
 
 
 def moved(place: str, value: object) -> tuple[str, object] | None:

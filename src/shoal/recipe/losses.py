@@ -16,8 +16,8 @@ from pydantic import Field
 
 from shoal.recipe.section import Index, Once, Section, listed_as
 
-FACTOR = "Factor of the term in the loss; with 0 it is computed for its curve and trains nothing."
-SOFTENS = "Softens teacher and student alike; the term is scaled by its square."
+FACTOR = "Factor of the term in the loss. With 0 the term only has a curve."
+SOFTENS = "Temperature of teacher and student. The term is scaled by its square."
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, description=FACTOR)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False, description=SOFTENS)]
 Inside = Annotated[float, Field(gt=0, lt=1)]
@@ -27,7 +27,7 @@ Layers = Annotated[tuple[Annotated[Index, Field(ge=0)], ...], Field(min_length=1
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence(Section):
-    """A term of the head's distributions."""
+    """A loss on the distributions of the output head."""
 
     kind: str
     weight: Weight = 1.0
@@ -36,22 +36,22 @@ class Divergence(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardKL(Divergence):
-    """KL(p || q): the student must cover everything the teacher considers."""
+    """KL(p || q): the student must cover every token that the teacher considers."""
 
     kind: Literal["forward_kl"] = "forward_kl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL(Divergence):
-    """KL(q || p): the student must not say what the teacher would not, and may leave some of it out."""
+    """KL(q || p): the student must avoid tokens that the teacher does not predict."""
 
     kind: Literal["reverse_kl"] = "reverse_kl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class JSD(Divergence):
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, Agarwal et al. 2023,
-    arXiv:2306.13649); divided by beta it tends to KL(p || q), by 1 - beta to KL(q || p)."""
+    """Generalised Jensen-Shannon divergence (GKD, Agarwal et al. 2023, arXiv:2306.13649). The value is beta KL(p || m)
+    + (1 - beta) KL(q || m), where m = beta p + (1 - beta) q."""
 
     kind: Literal["jsd"] = "jsd"
     beta: Inside = 0.5
@@ -60,7 +60,7 @@ class JSD(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class SkewedForwardKL(Divergence):
-    """KL(p || alpha p + (1 - alpha) q), never above -log alpha (DistiLLM, Ko et al. 2024, arXiv:2402.03898)."""
+    """KL(p || alpha p + (1 - alpha) q). Never above -log alpha (DistiLLM, Ko et al. 2024, arXiv:2402.03898)."""
 
     kind: Literal["skewed_forward_kl"] = "skewed_forward_kl"
     alpha: Inside = 0.1
@@ -69,7 +69,7 @@ class SkewedForwardKL(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class SkewedReverseKL(Divergence):
-    """KL(q || (1 - alpha) p + alpha q), never above -log alpha (DistiLLM)."""
+    """KL(q || (1 - alpha) p + alpha q). Never above -log alpha (DistiLLM)."""
 
     kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
     alpha: Inside = 0.1
@@ -78,18 +78,18 @@ class SkewedReverseKL(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveKL(Divergence):
-    """Forward and reverse KL, weighted per token by how far p and q are apart in the head and in the tail of p
-    (Wu et al. 2024, arXiv:2404.02657)."""
+    """Forward and reverse KL, weighted per token (Wu et al. 2024, arXiv:2404.02657). The weights are the distances of p
+    and q in the head and in the tail of p."""
 
     kind: Literal["adaptive_kl"] = "adaptive_kl"
     head_mass: Inside = 0.5
-    """The head is the teacher's most probable tokens up to this mass, and always its first."""
+    """Probability mass of the head: the teacher's most probable tokens, at least one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TAID(Divergence):
-    """KL(p_t || q), where p_t moves from the student's own distribution to the teacher's as training goes on
-    (Shing et al. 2025, arXiv:2501.16937)."""
+    """KL(p_t || q) with a moving target (Shing et al. 2025, arXiv:2501.16937). During training p_t moves from the
+    student's own distribution to the teacher's."""
 
     kind: Literal["taid"] = "taid"
     start: Share = 0.4
@@ -100,25 +100,26 @@ class TAID(Divergence):
 
 @dataclass(frozen=True, kw_only=True)
 class DKD(Divergence):
-    """alpha KL of (label, everything else) + beta KL within everything else (Zhao et al. 2022, arXiv:2203.08679)."""
+    """Decoupled KL (Zhao et al. 2022, arXiv:2203.08679). The value is alpha KL of (label, all other tokens) + beta KL
+    among the other tokens."""
 
     kind: Literal["dkd"] = "dkd"
     alpha: Weight = 1.0
-    """Factor of the divergence between label and everything else."""
+    """Factor of the divergence between label and all other tokens."""
     beta: Weight = 0.5
-    """Factor of the divergence within everything else."""
+    """Factor of the divergence among the other tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TotalVariation(Divergence):
-    """Half the sum of |p - q|, between 0 and 1; scaled by temperature squared like the others."""
+    """Half the sum of |p - q|, between 0 and 1. It is scaled by the squared temperature like the other losses."""
 
     kind: Literal["total_variation"] = "total_variation"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy(Section):
-    """-log q(label): learning from the text itself, without the teacher."""
+    """-log q(label): learn from the text itself, without the teacher."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     weight: Weight = 1.0
@@ -126,17 +127,18 @@ class CrossEntropy(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenStates(Section):
-    """The states after student layers against the teacher's."""
+    """Distance of the hidden states after student layers from the teacher's."""
 
     kind: Literal["hidden_states"] = "hidden_states"
     weight: Weight = 1.0
     layers: Layers | None = None
-    """Student layers; None = those where student and teacher differ from the start."""
+    """Student layers to compare. Default: those where student and teacher differ from the start."""
     map: Literal["gap_closing", "own"] = "gap_closing"
-    """Teacher state that a student layer is to give: the one its next kept layer was used to read (so that the layer
-    before a gap learns the gap), or the one the same layer gives in the teacher."""
+    """Teacher state for a student layer. `gap_closing`: the input of the next kept layer, so that the layer before a
+    dropped block learns to replace it; `own`: the output of the same layer in the teacher."""
     distance: Literal["mse", "cosine"] = "mse"
-    """mse = squared error relative to the squared norm of the teacher's state; cosine = 1 - cosine."""
+    """Distance of two states. `mse`: squared error relative to the squared norm of the teacher's state; `cosine`: 1 -
+    cosine."""
 
 
 LogitTerm = (
@@ -207,10 +209,10 @@ def contradictions(terms: Sequence[LossTerm], place: str = "distill.losses") -> 
         first = seen.setdefault(dataclasses.replace(term, weight=0.0), index)
         if first != index:
             problems.append(
-                f"{place}.{index}: is the {term.kind} at {first} again; give it once, with the sum of the weights"
+                f"{place}.{index}: {term.kind} is listed twice (first at {first}); list it once with both weights added"
             )
     if not any(term.weight > 0 for term in terms):
-        problems.append(f"{place}: every weight is 0, nothing would be trained; give one a weight above 0")
+        problems.append(f"{place}: every weight is 0, so nothing would be trained; set one weight above 0")
     return problems
 
 
@@ -219,6 +221,6 @@ def _own_problems(term: LossTerm) -> Iterator[str]:
         case TAID() if term.start > term.end:
             yield f"start: must not be above end, {term.end:g} (got {term.start:g})"
         case TAID() if term.end == 0:
-            yield "end: the target would stay the student itself, which trains nothing; set it above 0"
+            yield "end: with 0 the target stays the student itself, which trains nothing; set it above 0"
         case DKD(alpha=0, beta=0):
-            yield "alpha: is 0 and so is beta, the term would always be 0; give one of them a value above 0"
+            yield "alpha: alpha and beta are both 0, so the term would always be 0; set one of them above 0"

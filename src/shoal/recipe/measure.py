@@ -40,8 +40,8 @@ METRICS: tuple[str, ...] = get_args(Metric)
 
 def no_metric(name: str, setting: str) -> UserError:
     """The refusal of ``name``, which ``setting`` says and nothing measures."""
-    hint = meant(name, METRICS, "`shoal list metrics` has all")
-    return UserError(f"{setting}: is no metric, and no task is swept; {hint}")
+    hint = meant(name, METRICS, "`shoal list metrics` shows all")
+    return UserError(f"{setting}: is not a metric, and no task is swept; {hint}")
 
 
 def not_measured(setting: str, hint: str, where: str) -> UserError:
@@ -51,39 +51,36 @@ def not_measured(setting: str, hint: str, where: str) -> UserError:
 
 @dataclass(frozen=True)
 class Sweeps(Limited):
-    """Which variants of the model are scored on which tasks: what importance by ability and protocol is made of. What
-    else there is to say of scores, section `eval` says."""
+    """Ablation: score tasks with one layer removed at a time. Section `eval` sets how tasks are scored."""
 
     tasks: Annotated[Annotated[Names, Field(min_length=1)], Shapes.SCORES]
     """Tasks, groups and suites by name. The name of a bundled data set stands for all its protocols: `retrieval`."""
     limit: Annotated[Least | dict[str, Least | None] | None, Shapes.SCORES] = 100
-    """Items per task, or of single tasks by name: {default: 100, gsm8k: 50}; None = all."""
+    """Items per task, or per named task: {default: 100, gsm8k: 50}. `None`: all items."""
     operators: Annotated[Annotated[tuple[Operator, ...], Field(min_length=1), Once], Shapes.SCORES] = ("layer",)
-    """What is removed from the teacher, one at a time: a layer, or a half of one; `shoal lab sweeps` has more."""
+    """Parts to remove, one at a time: a layer, its attention or its MLP."""
 
 
 @dataclass(frozen=True)
 class Measure(Section):
-    """How layer importance is measured."""
+    """Measurement of layer importance."""
 
     data: Annotated[Data, Shapes.IMPORTANCE | Shapes.PLAN] = (TextSource(AUTO),)
-    """Text that the model reads. prune.changes are decided on it too, and text that it is unlike gains little by them:
-    name some of every kind that the student will read."""
+    """Text for measuring, and for fitting prune.changes. Name text of every kind that the student will read."""
     num_tokens: Annotated[Positive, Shapes.IMPORTANCE | Shapes.PLAN] = 20_000
-    """Tokens that the model reads; for prune.changes up to 65,536 of them (scale: 8,192), or as many more as they
-    need."""
+    """Tokens to measure on. Of these, prune.changes use up to 65,536 (`scale`: 8,192), or more if they need more."""
     sequence_length: Annotated[RowLength, Shapes.IMPORTANCE | Shapes.PLAN] = 512
     """Tokens of one row."""
     batch_size: Annotated[Positive, Shapes.NOTHING] = 4
-    """Sequences per rank and forward."""
+    """Rows per rank and forward pass."""
     metrics: Annotated[Annotated[tuple[Metric, ...], one_or_more, Field(min_length=1), Once], Shapes.IMPORTANCE] = (
         "block_influence",
         "angular",
     )
-    """Metrics and orders of removals, by name; `shoal list metrics` has all. Greedy ones remove a quarter of the
-    layers, or as many as a prune that goes by one of them asks for where that is more."""
+    """Metrics and greedy orders by name; `shoal list metrics` shows all. Greedy orders remove a quarter of the layers,
+    or as many as prune needs."""
     sweep: Sweeps | None = None
-    """None = no task is scored."""
+    """Ablation: score tasks without each layer. Default: none."""
 
 
 def scored_by(sweep: Sweeps, scores: Eval) -> Eval:

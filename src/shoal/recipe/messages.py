@@ -120,8 +120,8 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             if any(last in types_of(other) for other in others):
                 [section] = sections
                 own = next(field.name for field in dataclasses.fields(section) if field.default is dataclasses.MISSING)
-                undone = f", or take the other back: {beside}.{own}=null" if own == "drop" else ""
-                return place, f"has no place beside {beside}.{own}; give one of them{undone}", ""
+                undone = f", or undo the other with {beside}.{own}=null" if own == "drop" else ""
+                return place, f"excludes {beside}.{own}; give only one of them{undone}", ""
             known = list(dict.fromkeys(key for section in (*sections, *others) for key in types_of(section)))
             written = "" if str(last).isascii() else f", written {ascii(last)[1:-1]}"  # another o looks like an o
             return place, gone(place) or f"unknown key{written}; {meant_key(str(last), known, root)}", ""

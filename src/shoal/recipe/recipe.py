@@ -39,12 +39,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Track(Section):
-    """Where curves, scores, figures and reports go: Weights & Biases. The run has the name of its directory, or
-    WANDB_NAME."""
+    """Tracking of curves, scores, figures and reports with Weights & Biases. The W&B run has the name of the run
+    directory, or WANDB_NAME."""
 
     wandb: Literal["online", "offline", "off"] | None = None
-    """None = online where somebody is logged in to W&B (a key in the environment or of `wandb login`),
-    offline after WANDB_MODE=offline, else off."""
+    """Mode of W&B. Default: online if you are logged in, offline after WANDB_MODE=offline, else off."""
     project: Text = "shoal"
     """W&B project."""
     tags: tuple[str, ...] = ()
@@ -53,56 +52,50 @@ class Track(Section):
 
 @dataclass(frozen=True)
 class Export(Section):
-    """Where the result is published."""
+    """Publication of the result: Hub and GGUF."""
 
     hub_repo: Annotated[str, Field(pattern=REPO)] | None = None
-    """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
+    """Hub repository, `owner/name`, for the distilled checkpoint and its card. Default: no push."""
     private: bool = True
-    """Make a new repository private; one that is there already and public is refused."""
+    """Create the repository as private. An existing public repository is an error."""
     gguf: bool = False
-    """Write the result as one GGUF file too, for llama.cpp, in the precision it is stored in."""
+    """Also write the result as one GGUF file for llama.cpp, in its stored precision."""
 
 
 @dataclass(frozen=True)
 class Recipe(Section):
-    """Everything one run is made of."""
+    """All settings of one run."""
 
     model: Annotated[Place, Shapes.BY_CONTENT]
-    """Hub id, local path or demo:<name>."""
+    """Model to prune: Hub id, local folder or demo:<name>."""
     run_dir: Annotated[Place, Shapes.NOTHING] = ""
-    """Folder of all that the run makes; left out = runs/NAME, where NAME is the model's: runs/Qwen3-8B for
-    Qwen/Qwen3-8B."""
+    """Folder for all results of the run. Default: runs/NAME, after the model: runs/Qwen3-8B for Qwen/Qwen3-8B."""
     seed: Annotated[Seed, Shapes.NUMBERS | Shapes.ROWS] = 0
-    """Seed of everything that is drawn: data, text, probes, examples."""
+    """Seed of every random choice: data, text, examples."""
     revision: Annotated[str | None, Shapes.BY_CONTENT] = None
-    """Hub revision of the model."""
+    """Hub revision of the model. Default: the newest."""
     dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED] = "fast"
-    """Precision in which models are measured, evaluated and used as a frozen teacher; fast = what the device multiplies
-    fast in, or what this run directory was begun in; stored = that of the checkpoint, which other
-    libraries call auto."""
+    """Precision for measuring, evaluation and the frozen teacher. `fast`: the fastest one of the device, or the one
+    that this run directory started with; `stored`: that of the checkpoint (other libraries call it auto)."""
     max_minutes: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
-    """Minutes that the run may take. Where measuring, training and scoring would take longer here, as the dry run works
-    it out from their operations, there are fewer tokens (to measure, train and score) and fewer items, in proportion
-    but a fifth at least; log, run.json and report say so, and a run directory keeps the share that it was begun with.
-    None = sizes are what they say, on every machine."""
+    """Limit of the run's time in minutes. If the estimate for this machine is longer, tokens and items are reduced in
+    proportion, to a fifth at least; log, run.json and report show it. Default: no limit."""
     attn_implementation: Annotated[
         Literal["auto", "flash", "sdpa", "eager"], Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED, Named("attention")
     ] = "auto"
-    """Kernels that compute attention; documents of a row stay apart under all of them. auto = what this run directory
-    was begun with, else flash where GPU, family and precision allow it, else sdpa, and eager for
-    families without it. flash = FlashAttention without masks, by an installed package or else by torch itself; sdpa =
-    torch's kernels with masks; eager = plain products and softmax."""
+    """Attention kernels. `flash`: FlashAttention, from a package or from torch; `sdpa`: torch's kernels with masks;
+    `eager`: plain products. `auto`: flash if GPU, family and precision allow it, else sdpa, else eager. Documents of a
+    row never see each other."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Shapes.NOTHING] = "auto"
-    """What models run on: auto = a GPU where there is one, and a warning where torch does not see one that the machine
-    has; cuda = a GPU of NVIDIA or AMD, or nothing is begun; cpu = no GPU, in all processes."""
+    """Device for the models. `auto`: a GPU if there is one; `cuda`: a GPU of NVIDIA or AMD, or an error; `cpu`: no
+    GPU."""
     num_processes: Annotated[Positive | None, Shapes.NOTHING] = None
-    """Processes that share the work of a stage on this machine; None = one per GPU that CUDA_VISIBLE_DEVICES shows, one
-    on CPU."""
+    """Processes per stage on this machine. Default: one per visible GPU, or one on a CPU."""
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
-    """Let code run that comes with the checkpoint; read it first."""
+    """Run code that comes with the checkpoint; read it first."""
     measure: Measure = field(default_factory=Measure)
     prune: Prune = field(default_factory=CutByScore)
-    """Which layers go, by number (`drop`) or so many by a score, and what else is changed."""
+    """Layers to drop, by number (`drop`) or by a score, and other changes."""
     distill: Distill = field(default_factory=Distill)
     eval: Eval = field(default_factory=Eval)
     track: Annotated[Track, Shapes.NOTHING] = field(default_factory=Track)
@@ -167,7 +160,9 @@ def settled(said: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> 
             not the user's own word; a run directory that is somebody else's folder.
     """
     if hidden := list(remembered.hidden_settings(said)):
-        raise UserError(f"{file}: {hidden[0]} was a secret and is not kept; say it again: {hidden[0]}=...")
+        raise UserError(
+            f"{file}: shoal does not store secrets in a run directory; add {hidden[0]}=VALUE to the command"
+        )
     recipe = parse_recipe(said, source=str(file), overrides=overrides)
     run_dir = Path(recipe.run_dir).expanduser()
     remembered.refuse_other_folder(run_dir)
@@ -176,8 +171,8 @@ def settled(said: dict[str, Any], file: Path, overrides: Sequence[str] = ()) -> 
     rows = list(asked(said, [override.partition("=")[0] for override in overrides]))
     kinds, kept, is_own = allowed(overrides), remembered.own_words(run_dir), remembered.is_own(file)
     problems = [
-        f"{row.place}: {row.why} (got {reprlib.repr(at(said, row.place))}), and a recipe may come from anybody; add "
-        f"--allow {row.can} to the command, or leave it out"
+        f"{row.place}: {row.why} (got {reprlib.repr(at(said, row.place))}), which a recipe file may do only with "
+        f"your consent; add --allow {row.can} to the command, or remove the key"
         for row in rows
         if not (is_own or row.can in kinds or at(kept, row.place) == at(said, row.place))
     ]
@@ -206,8 +201,7 @@ def of_arguments(
     known = types_of(types_of(Recipe)[section]) if taken is not None else ()
     if useless := [name for name in given if name in known and name not in (taken or ())]:
         raise UserError(
-            f"{source}: {useless[0]}: is for run directories, and has no use for a model in memory; leave it out, or "
-            "give a whole recipe to shoal.run"
+            f"{source}: {useless[0]}: only works with a run directory; remove it, or call shoal.run with a full recipe"
         )
     return getattr(parse_recipe({"model": "in memory", "seed": seed, section: given}, source=source), section)
 
@@ -225,10 +219,10 @@ def _find_recipe(name: str) -> Path | None:
     if names_model(name):
         return None
     names = sorted(p.name for p in CONFIGS_DIR.glob("*.yaml"))
-    otherwise = "a model is a folder with config.json, a Hub id (owner/name) or demo:NAME"
+    otherwise = "to create a recipe for a model (a folder, a Hub id or demo:NAME), run `shoal init MODEL`"
     hint = meant(path.stem, (Path(name).stem for name in names), otherwise, cutoff=0.7)
-    what = "recipe file" if path.suffix in (".yaml", ".yml") else "run directory, recipe or model"
-    raise UserError(f"{name}: no such {what}; shipped recipes are {', '.join(names) or 'none'}; {hint}")
+    what = "recipe file" if path.suffix in (".yaml", ".yml") else "recipe, run directory or model"
+    raise UserError(f"{name}: no {what} with this name; shipped recipes are {', '.join(names) or 'none'}; {hint}")
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -266,7 +260,7 @@ def _entry(node: dict[str, Any] | list[Any], name: str, override: str) -> Any:
         return node.get(name)
     if not name.isdecimal() or int(name) >= len(node):
         raise UserError(
-            f"{quoted(override)}: {name!r} is no position in a list of {len(node)} (counted from 0); "
-            "give the whole list instead"
+            f"{quoted(override)}: index {name} is out of range (the list has {len(node)} entries, counted from 0); "
+            "set the whole list instead"
         )
     return node[int(name)]

@@ -28,8 +28,8 @@ RESULTS = (FILE, "run.json", "importance.json", "plan.json", "distill.json", "ev
 """What a run leaves, whichever stages it had."""
 FOLDERS = ("checkpoints", "control", "distilled", "eval", "figures", "gguf", "signals", "student", "text")
 """What stages write into or replace."""
-_HEAD = "# kept by shoal: what this run is made with, overrides included; `shoal COMMAND RUN_DIR` reads it\n"
-_OURS = re.compile(re.escape(_HEAD) + r"(# signature (?P<signature>\w+)\n)?")
+_HEAD = "# kept by shoal: the settings of this run, with overrides; `shoal COMMAND RUN_DIR` reads them\n"
+_OURS = re.compile(r"# kept by shoal: .*\n(# signature (?P<signature>\w+)\n)?")
 
 
 def memory_of(said: dict[str, Any]) -> str:
@@ -54,12 +54,12 @@ def recipe_in(run_dir: Path) -> Path:
     file, text = run_dir / FILE, memory_in(run_dir)
     if text is None:
         raise UserError(
-            f"{run_dir}: is no run directory but a folder without {FILE}, and no model, which has config.json; name a "
+            f"{run_dir}: neither a run directory (it has no {FILE}) nor a model (it has no config.json); name a "
             f"recipe with run_dir={run_dir}"
         )
     if not _is_signed(text) and not is_trusted(run_dir):
         raise UserError(
-            f"{file}: has no signature of yours, and a recipe of somebody else can run code; read it, then name the "
+            f"{file}: is not signed with your key, and somebody else's recipe can run code; read it, then name the "
             f"file itself: {file} run_dir={run_dir}, or set the environment variable {CONSENT}={run_dir}"
         )
     return file
@@ -83,14 +83,12 @@ def refuse_other_folder(run_dir: Path) -> None:
         UserError: it is no folder, or holds something under a name of ours and nothing that a run leaves beside it.
     """
     if os.path.lexists(run_dir) and not run_dir.is_dir():
-        raise UserError(f"{run_dir}: a file or broken link is in the way; set run_dir to another folder")
+        raise UserError(f"{run_dir}: a file or broken link with this name exists; set run_dir to another folder")
     if (run_dir / "config.json").exists():
         raise UserError(f"{run_dir}: is the folder of a model; set run_dir to another folder")
     taken = [name for name in FOLDERS if (run_dir / name).exists()]
     if taken and not any(any(run_dir.glob(name)) for name in RESULTS):
-        raise UserError(
-            f"{run_dir}: is no run directory, and its {taken[0]}/ would be replaced; set run_dir to another folder"
-        )
+        raise UserError(f"{run_dir}: not a run directory, and its {taken[0]}/ would be replaced; set another run_dir")
 
 
 def remember(run_dir: Path, memory: str) -> None:
@@ -105,8 +103,8 @@ def remember(run_dir: Path, memory: str) -> None:
         return
     if is_own:
         raise UserError(
-            f"{run_dir / FILE}: is a recipe of your own, and shoal keeps there what a run is made with, which is "
-            "something else now; move it to another folder, or choose another run_dir"
+            f"{run_dir / FILE}: your own recipe is at the place where shoal stores the settings of a run, and they "
+            "differ; move it to another folder, or choose another run_dir"
         )
     write_text(run_dir / FILE, memory)
 

@@ -25,7 +25,7 @@ from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_before_validator_function
 
 Positive = Annotated[int, Field(gt=0)]
-RowLength = Annotated[int, Field(ge=2, description="Tokens of one row; a row of one token holds nothing to predict.")]
+RowLength = Annotated[int, Field(ge=2, description="Tokens of one row, at least 2.")]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -211,12 +211,12 @@ def as_dict(section: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation(Section):
-    """Rows that hold conversations, rendered with the tokenizer's chat template."""
+    """Rows with conversations, rendered with the tokenizer's chat template."""
 
     tools: Text | None = None
-    """The column of tool descriptions for the chat template; None = `tools`, where a row has it."""
+    """Column of tool descriptions for the chat template. Default: `tools`, if a row has it."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """The tokens that are learnt: what the assistant says and the end of its turn, or everything."""
+    """Tokens to train on: the assistant's turns with their ends, or all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,29 +224,29 @@ class Messages(Conversation):
     """Rows with a list of turns {role, content}."""
 
     messages: Text
-    """The column of lists of turns."""
+    """Column with the list of turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptCompletion(Conversation):
-    """Rows with a question and its answer, each text or a list of turns."""
+    """Rows with a question and its answer, as texts or lists of turns."""
 
     prompt: Text
-    """The column of questions."""
+    """Column of questions."""
     completion: Text
-    """The column of answers."""
+    """Column of answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageQuestion(Section):
-    """Rows with a question about an image and its answer, for models that read images; only the answer is learnt."""
+    """Rows with an image, a question and an answer, for models that read images. Only the answer is trained on."""
 
     image: Text
-    """The column that names an image file, from the folder of a local ``path`` on."""
+    """Column with the image file, relative to the folder of a local ``path``."""
     prompt: Text
-    """The column of questions."""
+    """Column of questions."""
     completion: Text
-    """The column of answers."""
+    """Column of answers."""
 
 
 def _kind_of_column(value: Any) -> str:
@@ -274,22 +274,21 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class DataSource(Section):
-    """Where text comes from, and how much of it."""
+    """Source of text, and its share of the tokens."""
 
     path: Place
-    """A bundled name (`shoal list data`), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or a
-    Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``, else
-    all. auto = broad public text from the Hub, or bundled text for a small model and where the Hub does not answer; a
-    run directory keeps what it was begun with."""
+    """Bundled name (`shoal list data`), local file, folder, or Hub data set. Files: .jsonl, .json, .txt (one document),
+    .csv, .parquet; of a folder, the files named after ``split``, else all. `auto`: public text from the Hub, or bundled
+    text for a small model or without the Hub; a run directory keeps its first choice."""
     column: Column = None
-    """The column of text; or the columns of conversations, {messages: NAME} or {prompt: NAME, completion: NAME}. None =
-    what the first row has: `messages`, else `prompt` and `completion`, else `text`."""
+    """Column of text, or of conversations: {messages: NAME} or {prompt: NAME, completion: NAME}. Default: `messages`,
+    else `prompt` and `completion`, else `text`."""
     split: str = "train"
-    """Split of a Hub data set; of a folder the files that are named after it."""
+    """Split of a Hub data set, or of files named after splits."""
     name: str | None = None
     """Configuration name of a Hub data set."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Share of the token budget, relative to the other sources."""
+    """Share of the tokens, relative to the other sources."""
 
     @property
     def text_settings(self) -> dict[str, Any]:
@@ -320,10 +319,10 @@ class DataSource(Section):
 
 @dataclass(frozen=True)
 class TextSource(DataSource):
-    """Where text comes from that is only read."""
+    """Source of text without conversations."""
 
     column: Text | None = None
-    """The column that holds the text; None = `text`, where rows hold no conversations."""
+    """Column with the text. Default: `text`."""
 
 
 def listed_as(key: str) -> BeforeValidator:

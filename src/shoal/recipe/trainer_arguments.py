@@ -71,7 +71,7 @@ def wrong_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
     bf16 and fp16 are there no more where they say the section's precision.
     """
     if not HALVES.keys().isdisjoint(trainer):
-        reason = "say another precision than distill.precision, or both are true; leave them out"
+        reason = "contradict distill.precision, or are both true; remove them"
         yield f"distill.trainer: bf16 and fp16 {reason}"
     for name in trainer:
         known = f"here it is {word}" if (word := field_word(name)) else "see transformers.TrainingArguments"
@@ -118,9 +118,9 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
             try:
                 config = json.loads(file.read_bytes())
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}: holds no JSON mapping ({error}); mend it, or name a shipped one") from error
+                raise UserError(f"{file}: is not a JSON mapping ({error}); fix it, or name a shipped one") from error
             if not isinstance(config, dict):
-                raise UserError(f"{file}: holds {type(config).__name__}, not a mapping; mend it, or name a shipped one")
+                raise UserError(f"{file}: holds {type(config).__name__}, not a mapping; fix it, or name a shipped one")
             return _with_sections(config)
     shipped = ", ".join(sorted(file.stem for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
     raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")
@@ -163,8 +163,8 @@ def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
             section = parts[name]
             if section is not None and not isinstance(section, dict):
                 raise UserError(
-                    f"distill.deepspeed: {name} must be a mapping (got {section!r}), as DeepSpeed's documentation "
-                    "writes it; mend it, or leave it out"
+                    f"distill.deepspeed: {name} must be a mapping (got {section!r}), as in DeepSpeed's "
+                    "documentation; fix it, or remove it"
                 )
             if section is None or section.get("enabled") == "auto":
                 del parts[name]

@@ -152,7 +152,7 @@ def paired_values(
 def require_same_measurement(before: TaskScore, after: TaskScore) -> None:
     """Refuse two scores that do not measure the same thing."""
     if told := next(_differences(before, after), None):
-        raise UserError(f"task {before.task!r}: {told}; they cannot be compared, evaluate both with the same settings")
+        raise UserError(f"task {before.task!r}: {told}; evaluate both models with the same settings")
 
 
 def _differences(before: TaskScore, after: TaskScore) -> Iterator[str]:
@@ -160,11 +160,11 @@ def _differences(before: TaskScore, after: TaskScore) -> Iterator[str]:
     yield from _unequal(before, after, SAME_MEASUREMENT)
     if before.prompts and after.prompts and before.prompts != after.prompts:  # old results hold none
         yield (
-            f"prompts has the fingerprint {before.prompts} in one and {after.prompts} in the other: few-shot examples, "
-            "wording or the rules of matching differ"
+            f"prompts has the fingerprint {before.prompts} in one and {after.prompts} in the other: few-shot "
+            "examples, wording or the rules of matching differ"
         )
     if differing := sorted({item.id for item in before.items} ^ {item.id for item in after.items}):
-        yield f"items differ ({len(differing)} are in one evaluation only, for example {differing[0]!r})"
+        yield f"items differ ({len(differing)} are only in one evaluation, for example {differing[0]!r})"
     others = {item.id: item for item in after.items}
     for item in before.items:
         other = others[item.id]

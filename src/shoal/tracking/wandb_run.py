@@ -91,7 +91,7 @@ def start(track: Track, run_dir: Path, recipe: dict[str, Any]) -> Run | None:
 def finish(run_dir: Path) -> None:
     """Close the W&B run of this process, if there is one, and wait a while for what is still to be uploaded."""
     if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
-        with attempt("what is left was not uploaded", run_dir):
+        with attempt("the rest was not uploaded", run_dir):
             sys.modules["wandb"].finish()
 
 
@@ -164,8 +164,8 @@ def attempt(problem: str, run_dir: Path) -> Iterator[None]:
     except Exception as error:
         if not _given_up:
             log.warning(
-                "W&B: %s (%s). Nothing more is tracked by this process; results are in %s as always, and what W&B has "
-                "recorded there is uploaded with: %s",
+                "W&B: %s (%s). This process stops tracking; results are in %s as always, and to upload what W&B has "
+                "recorded there: %s",
                 problem,
                 _reason(error),
                 run_dir,
@@ -219,8 +219,8 @@ def _open(mode: Literal["online", "offline"], track: Track, run_dir: Path, recip
         sys.argv = command_line
     # not at the top level: the Trainer puts its arguments and the model's configuration there, under the same names
     run.config.update(redacted({"recipe": recipe, "environment": environment()}), allow_val_change=True)
-    where = f"offline; upload it with: {sync_command(run_dir)}" if run.offline else str(run.url)
-    log.info("W&B: %s %s, %s", "run" if is_new else "going on with run", run.id, where)
+    where = f"offline; to upload it: {sync_command(run_dir)}" if run.offline else str(run.url)
+    log.info("W&B: %s %s, %s", "run" if is_new else "resuming run", run.id, where)
     return run
 
 

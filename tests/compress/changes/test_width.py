@@ -292,7 +292,7 @@ def test_maps_in_another_order_than_supposed_are_refused_without_running_the_stu
     monkeypatch.setattr(
         "shoal.compress.changes.narrowing._sizes", lambda _, half, name: [(2,)] if "gate_up" in name else [(1,)]
     )
-    with pytest.raises(UserError, match=r"layer 0 of phi3, narrowed, gives another state than itself"):
+    with pytest.raises(UserError, match=r"layer 0 of phi3, narrowed, gives another state than the layer"):
         narrowed(saved(tmp_path, "phi3"), text, settings())
 
 

@@ -190,9 +190,9 @@ def contexts(model: PreTrainedModel, layer: int, run: Callable[[], object]) -> l
 @pytest.mark.parametrize(
     ("name", "operate", "message"),
     [
-        ("mamba", lambda model: attention_skipped(model, [1]), "layer 1 of mamba: is one sublayer only"),
+        ("mamba", lambda model: attention_skipped(model, [1]), "layer 1 of mamba: has only one sublayer"),
         ("rwkv", lambda model: mlp_skipped(model, [1]), "layer 1 of rwkv: mixes tokens outside"),
-        ("lfm2", lambda model: heads_masked(model, {0: [0]}), "layer 0 of lfm2: shows no heads"),
+        ("lfm2", lambda model: heads_masked(model, {0: [0]}), "layer 0 of lfm2: the heads"),
         ("diffllama", lambda model: kv_groups_masked(model, {0: [0]}), "layer 0 of diffllama: mixes its heads"),
     ],
 )

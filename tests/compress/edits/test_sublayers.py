@@ -58,8 +58,8 @@ def test_halves_and_heads_are_found(name: str, layer: int) -> None:
 
 
 REFUSED = {
-    ("mamba", 0): r"layer 0 of mamba: is one sublayer only \(mixer\).*name it in prune\.drop",
-    ("rwkv", 1): r"layer 1 of rwkv: mixes tokens outside of what shoal takes for its attention",
+    ("mamba", 0): r"layer 0 of mamba: has only one sublayer \(mixer\).*name the layer in prune\.drop",
+    ("rwkv", 1): r"layer 1 of rwkv: mixes tokens outside of the module that shoal takes for its attention",
     ("rwkv", 5): r"layer 5 of rwkv: mixes tokens outside",
     ("gpt_neox_japanese", 5): r"layer 5 of gpt_neox_japanese: changes its input even with attention, mlp silenced",
     ("inkling_text", 0): r"layer 0 of inkling_text: mixes tokens outside",
@@ -67,8 +67,8 @@ REFUSED = {
 NO_HEADS = {
     ("diffllama", 0): r"layer 0 of diffllama: mixes its heads before the output projection",
     ("bitnet", 0): r"layer 0 of bitnet: mixes its heads before the output projection",
-    ("lfm2", 0): r"layer 0 of lfm2: shows no heads of softmax attention",
-    ("jetmoe", 0): r"layer 0 of jetmoe: has no linear output projection that shoal knows",
+    ("lfm2", 0): r"layer 0 of lfm2: the heads of softmax attention are not visible",
+    ("jetmoe", 0): r"layer 0 of jetmoe: has no linear output projection over its heads that shoal knows",
 }
 
 

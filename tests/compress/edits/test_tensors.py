@@ -117,7 +117,7 @@ def test_stored_buffers_are_merged_and_computed_ones_stay() -> None:
         (
             lambda: tiny_moe(mlp_only_layers=[2]),
             (1, 2),
-            r"mlp.class is 'Qwen3MoeSparseMoeBlock' in one and 'Qwen3MoeMLP' in the other; only layers of one kind",
+            r"mlp.class is 'Qwen3MoeSparseMoeBlock' in one and 'Qwen3MoeMLP' in the other; choose layers of one kind",
         ),
     ],
 )

@@ -54,7 +54,7 @@ def test_units_become_edits_in_the_order_of_layers() -> None:
 
 @pytest.mark.parametrize(("num_layers", "count"), [(3, 4), (3, 0), (1, None)])
 def test_removals_that_cannot_be_made_are_refused(num_layers: int, count: int | None) -> None:
-    message = rf"x: {count or 0} removals are asked for, but there are {num_layers} units that may go"
+    message = rf"x: {count or 0} removals are requested, but 1 to {num_layers} are possible"
     with pytest.raises(UserError, match=message):
         greedy_order(layer_components(num_layers), Table(3, 0), num_removals=count, name="x")
 

@@ -121,7 +121,7 @@ def test_quantised_models_are_refused(metric: str, monkeypatch: pytest.MonkeyPat
         measure_importance(model, ROWS, metrics=[metric], batch_size=2)
     model = tiny_model("llama")
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(UserError, match=rf"{needs}, but this model is quantised \(config.json says so\)"):
+    with pytest.raises(UserError, match=rf"{needs}, but this model is quantised \(according to config.json\)"):
         measure_importance(model, ROWS, metrics=[metric], batch_size=2)
 
 

@@ -98,8 +98,8 @@ def test_settings_of_single_layers_are_renumbered() -> None:
 @pytest.mark.parametrize(
     ("keep", "problem"),
     [
-        ((1, 2, 3), r"drop: features of the image are added behind the layers 0 to 1 of gemma3"),
-        ((0, 0, 1, 2), r"behind the layers 0 to 1 .* keep these 2 layers as they are"),
+        ((1, 2, 3), r"drop: gemma3 adds features of the image after the layers 0 to 1"),
+        ((0, 0, 1, 2), r"after the layers 0 to 1 .* keep these 2 layers"),
     ],
 )
 def test_layers_behind_which_the_image_is_added_stay_where_they_are(keep: tuple[int, ...], problem: str) -> None:
@@ -147,7 +147,10 @@ def test_config_that_does_not_survive_a_reload_is_refused(config: LlamaConfig, m
 @pytest.mark.parametrize("function", [cut_model, lambda model, drop: skipped(model, drop).__enter__()])
 @pytest.mark.parametrize(
     ("drop", "message"),
-    [((6,), r"6 is no layer of this model; its layers are 0..5"), (range(6), r"names all 6 layers; keep at least one")],
+    [
+        ((6,), r"layer 6 does not exist; the model has the layers 0 to 5"),
+        (range(6), r"all 6 layers are named; keep at least one"),
+    ],
 )
 def test_drops_outside_the_model_are_refused(function: Any, drop: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):

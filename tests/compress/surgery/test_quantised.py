@@ -33,7 +33,7 @@ def test_names_are_those_of_the_student(value: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("text", [r"re:.*layers\.(0|1)\..*", r"-:model\.layers\.[2-5]\.mlp.*", "layers.3.mlp.gate"])
 def test_what_would_mean_other_layers_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"ignore: .* names layers by number: it treats model"):
+    with pytest.raises(UserError, match=r"ignore: .* names layers by number and treats model"):
         renumbered([text], KEEP, NAMES, where="ignore")
 
 

@@ -166,7 +166,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "_room", lambda _: 1000)
-    with pytest.raises(UserError, match=r"needs [\d.]+ kB and there is room for 1 kB"):
+    with pytest.raises(UserError, match=r"needs [\d.]+ kB, and 1 kB are free"):
         write_shards(new_shards(read_shards(source), without(source, 1)), tmp_path, {})
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 

@@ -162,7 +162,7 @@ def test_too_few_items_are_refused_before_and_after_the_sweep() -> None:
         require_items("retrieval_continuation", 6, 20)
     require_items("retrieval_continuation", 10, 20)
     uneven = nats(np.arange(12.0), weights=UNEQUAL[:12])
-    with pytest.raises(UserError, match=r"its 12 items .* worth 3\.2 equal ones, of which an interval needs 8; raise"):
+    with pytest.raises(UserError, match=r"its 12 items .* worth 3\.2 equal ones, but an interval needs 8; raise"):
         build_atlas([uneven], [[uneven]] * 2)
 
 

@@ -167,5 +167,5 @@ def test_a_prompt_of_all_positions_leaves_the_layer_out_and_one_of_none_leaves_i
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_family_whose_states_hold_more_than_one_position_each_is_refused_by_name(part: str) -> None:
-    with pytest.raises(UserError, match=r"gemma3n_text: its layers hand on a state of shape .* skip_prompt"):
+    with pytest.raises(UserError, match=r"gemma3n_text: its layers pass on a state of shape .* skip_prompt"):
         components_of(part, tiny_family("gemma3n_text"))

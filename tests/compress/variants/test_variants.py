@@ -129,6 +129,6 @@ def test_an_architecture_whose_layers_share_more_is_scored_variant_by_variant(ca
     variants = [INTACT, without([0])]
     found = score_variants(edited, decoder, asked, variants, batch_size=3)
     assert "gemma3n_text: " in caplog.text
-    assert "runs through the whole model" in caplog.text
+    assert "runs through all layers" in caplog.text
     with edited.applied(variants[1].edits):
         assert found[1] == score(decoder, asked, batch_size=3)

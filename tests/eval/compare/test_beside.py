@@ -95,8 +95,8 @@ def test_what_cannot_stand_beside_is_refused_before_anything_is_scored(
 ) -> None:
     monkeypatch.setattr("shoal.eval.evaluate.role_evaluation", lambda *_, **__: pytest.fail("scored"))
     monkeypatch.chdir(tmp_path)
-    assert "no run directory among them" in refusal(capsys, teacher, run_dir / "student")
+    assert "pass at least one run directory" in refusal(capsys, teacher, run_dir / "student")
     assert "no such run directory" in refusal(capsys, "misspelt", teacher)
     moved = shutil.copytree(run_dir, tmp_path / "moved")
     (moved / "recipe.yaml").unlink()
-    assert "moved: is no run directory but a folder without recipe.yaml" in refusal(capsys, "moved", teacher)
+    assert "moved: neither a run directory (it has no recipe.yaml" in refusal(capsys, "moved", teacher)

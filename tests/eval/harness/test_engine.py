@@ -125,7 +125,7 @@ def test_items_are_asked_in_the_chat_template_as_lm_eval_asks_them(
 def test_a_tokenizer_without_chat_template_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"eval.apply_chat_template: the tokenizer has no chat template; leave it out"):
+    with pytest.raises(UserError, match=r"eval.apply_chat_template: the tokenizer has no chat template; remove it"):
         evaluating.scores_of(CausalLM(tiny_model("llama"), tokenizer, 2), tasks_of(CHAT), CHAT, seed=0)
 
 
@@ -229,5 +229,5 @@ def test_a_model_that_gives_no_numbers_is_refused_by_name() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[0] = float("nan")
-    with pytest.raises(UserError, match=r"logits that are not finite in torch\.float32; set dtype"):
+    with pytest.raises(UserError, match=r"the logits are not finite in torch\.float32; set dtype"):
         Decoder(model)

@@ -62,7 +62,9 @@ def test_an_evaluation_under_another_roles_name_is_refused(folder: Path) -> None
     (folder / "eval/distilled.json").unlink()
     for ending in ("json", "items.jsonl"):
         (folder / f"eval/pruned.{ending}").rename(folder / f"eval/distilled.{ending}")
-    with pytest.raises(UserError, match=r"distilled.json: role is 'pruned', but 'distilled' in the file's name; move"):
+    with pytest.raises(
+        UserError, match=r"distilled.json: role is 'pruned', but the file's name is 'distilled'; rename"
+    ):
         read_run(folder)
 
 

@@ -223,9 +223,9 @@ def test_a_model_in_memory_arrives_with_a_card_of_its_results(hub: Hub, monkeypa
     ]
     with pytest.raises(UserError, match=r"push_to_hub: plan: is missing"):
         shoal.push_to_hub(student, tokenizer, REPO)
-    with pytest.raises(UserError, match=r"scores: two of one role"):
+    with pytest.raises(UserError, match=r"scores: two have the same role"):
         shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=[scores[0], scores[0]])
-    with pytest.raises(UserError, match=r"commit_massage: is not an argument of huggingface_hub's create_repo"):
+    with pytest.raises(UserError, match=r"commit_massage: huggingface_hub's create_repo"):
         shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=scores, commit_massage="x")
     assert not hub.created
     url = shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=scores, endpoint=hub.url)
@@ -240,7 +240,7 @@ def test_a_model_in_memory_arrives_with_a_card_of_its_results(hub: Hub, monkeypa
 
 def test_nothing_goes_into_a_public_repository_that_was_to_be_private(folder: Path, hub: Hub) -> None:
     hub.private = False
-    with pytest.raises(UserError, match=rf"export\.private: {REPO} is there already and public; make it private"):
+    with pytest.raises(UserError, match=rf"export\.private: {REPO} already exists and is public; make it private"):
         send(folder, hub)
     assert not hub.files
     assert not hub.uploads
@@ -281,12 +281,12 @@ def test_what_answers_and_is_no_hub_is_explained(
     folder: Path, hub: Hub, answer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.fail = {"/api/": answer}
-    with pytest.raises(UserError, match=r"what answers is no Hub .*check the network, and HF_ENDPOINT"):
+    with pytest.raises(UserError, match=r"the server that answers is not a Hub .*check the network, and HF_ENDPOINT"):
         send(folder, hub)
     assert is_whole(folder)
     monkeypatch.setattr("huggingface_hub.hf_api.HfApi.endpoint", hub.url, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    with pytest.raises(UserError, match="model 'some/one': what answers is no Hub"):
+    with pytest.raises(UserError, match="model 'some/one': the server that answers is not a Hub"):
         resolve_model("some/one")
 
 

@@ -245,7 +245,7 @@ def test_what_the_hub_lacks_needs_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"eval.data_dir: '.*nowhere' is no folder"):
         load("arc_easy_continuation", tmp_path / "nowhere")
     with pytest.raises(
-        UserError, match=r"eval.data_dir: '.*' lacks files; .*arc_easy/test.jsonl .* or leave their tasks out"
+        UserError, match=r"eval.data_dir: '.*' lacks files; .*arc_easy/test.jsonl .* or remove their tasks"
     ):
         load("arc_easy_continuation", tmp_path)
     with pytest.raises(UserError, match=r"arc_easy \(items\) holds no rows; a task needs"):
@@ -253,7 +253,7 @@ def test_what_the_hub_lacks_needs_a_folder(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"the Hub does not have nq_passage; set eval.data_dir to a folder with nq_open_oracle/test.jsonl and "
-        r"piqa/validation.jsonl \(shoal's .* leave their tasks out$",
+        r"piqa/validation.jsonl \(described in shoal's .* remove their tasks$",
     ):
         load_tasks(["nq_passage_generation", "nq_passage_worked", "piqa_continuation"])
 

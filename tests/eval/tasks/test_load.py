@@ -140,12 +140,14 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_collection")
 def test_an_unknown_task_is_refused_with_the_closest_and_without_an_index() -> None:
-    with pytest.raises(UserError, match=r"'retrival_continuation' is no task.*did you mean 'retrieval_continuation'"):
+    with pytest.raises(
+        UserError, match=r"'retrival_continuation' is not a task.*did you mean 'retrieval_continuation'"
+    ):
         load_tasks(["retrival_continuation"])
     for wrong, right in (("unheard_off", "unheard_of"), ("dreifahc", "dreifach")):
-        with pytest.raises(UserError, match=rf"'{wrong}' is no task.*did you mean '{right}'"):
+        with pytest.raises(UserError, match=rf"'{wrong}' is not a task.*did you mean '{right}'"):
             load_tasks([wrong])
-    with pytest.raises(UserError, match=r"'qqq' is no task.*`shoal list tasks` names shoal's own"):
+    with pytest.raises(UserError, match=r"'qqq' is not a task.*`shoal list tasks` names shoal's own"):
         load_tasks(["knowledge_continuation", "qqq"])
 
 

@@ -278,7 +278,7 @@ def test_a_model_beside_an_idle_accelerator_is_told_of(
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr("shoal.models.in_memory.device", lambda: torch.device("cuda"))
     as_model(tiny_model("llama"))
-    assert "model: is on the CPU, where it will compute; cuda is idle: call .to('cuda')" in caplog.text
+    assert "model: is on the CPU and will compute there, so cuda is not used: call .to('cuda')" in caplog.text
 
 
 def plan_of(*, num_layers: int = 6) -> Plan:
@@ -300,14 +300,17 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
             lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {}), num_drop=1, ratio=0.5),
             r"shoal.choose_layers: prune: num_drop and ratio exclude each other; give one of them",
         ),
-        (lambda m, t: shoal.cut_model(m, plan_of(num_layers=8)), r"drop: is a plan for 8 layers, and the model has 6"),
+        (
+            lambda m, t: shoal.cut_model(m, plan_of(num_layers=8)),
+            r"drop: the plan is for 8 layers, but the model has 6",
+        ),
         (
             lambda m, t: shoal.cut_model(m, replace(plan_of(), gaps=(ClosedGap(2, 3, 1.5, False, 1, 1, 1, 1),))),
-            r"drop: changes layers that stay \(a factor of 1.500 for layers 2 to 3\); load the student that was wr",
+            r"drop: the plan changes layers that stay \(a factor of 1.500 for layers 2 to 3\); load the student",
         ),
         (
             lambda m, t: healed(m, t, trainer={"save_steps": 5}),
-            r"trainer.save_steps: nothing is saved here; use shoal.DistillationTrainer",
+            r"trainer.save_steps: shoal.distill saves nothing; use shoal.DistillationTrainer",
         ),
         (
             lambda m, t: healed(m, t, teacher_text=1),
@@ -315,20 +318,20 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
         ),
         (
             lambda m, t: measured(m, t, sweep={"tasks": ["brackets"], "operators": ["mlp"]}),
-            r"sweep: of a model in memory single layers are swept; leave operators out",
+            r"sweep: a model in memory supports only single layers; remove operators",
         ),
         (
             lambda m, t: measured(m, t, metrics=["task_greedy"]),
-            r"measure_importance: task_greedy needs a run directory; give a recipe to shoal.run",
+            r"measure_importance: task_greedy needs a run directory; pass a recipe to shoal.run",
         ),
         (
             lambda m, t: shoal.distill(m, shoal.cut_model(m, [1]), TEXTS, tokenizer=t),
-            r"the teacher was pruned by shoal, and the student is deeper .* give the pruned model first",
+            r"the teacher is pruned by shoal, and the student is not; pass the pruned model first",
         ),
         (lambda m, t: healed(m, t, stream_of(TEXTS)), r"data 'data': is a stream without an end; set num_tokens"),
         (
             lambda m, t: healed(m, t, "python_docs", loss_on="all"),
-            r"data 'data': is a source, which says itself what is learnt of it; leave loss_on out",
+            r"data 'data': a source sets loss_on itself; remove loss_on",
         ),
     ],
 )

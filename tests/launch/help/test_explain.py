@@ -63,9 +63,9 @@ def test_what_a_key_may_be(place: str, values: str) -> None:
 
 def test_a_meaning_is_the_docstring_of_the_key_of_its_type_or_of_the_class_above() -> None:
     for place, words in {
-        "distill.lora.r": "Rows of the one matrix and columns of the other.",
-        "distill.losses.jsd.temperature": "Softens teacher and student alike; the term is scaled by its square.",
-        "distill.watch.limit": "Items per task: the first ones that eval.limit would take.",
+        "distill.lora.r": "Rank of the adapters.",
+        "distill.losses.jsd.temperature": "Temperature of teacher and student. The term is scaled by its square.",
+        "distill.watch.limit": "Items per task: the first ones of eval.limit.",
     }.items():
         (told,) = explanation(place)
         assert told["meaning"] == words
@@ -76,7 +76,7 @@ def test_a_section_lists_its_keys_and_no_key_the_sections(capsys: pytest.Capture
     for place in KEYS:
         if place.startswith("distill.") and place.count(".") == 1:
             assert f"\n  {place.removeprefix('distill.')} " in out
-    assert f"\n  {'num_tokens':<15}  Training budget" in out
+    assert f"\n  {'num_tokens':<15}  Training tokens over" in out
     _, out, _ = said(capsys, "explain")
     assert all(f"\n  {key} " in out for key in Recipe.__dataclass_fields__)
 
@@ -117,7 +117,7 @@ def test_an_unknown_key_is_one_message_with_what_may_be_meant(
 def test_a_key_that_is_gone_says_what_to_use_instead(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = said(capsys, "explain", "eval.samples")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "eval.samples: gone since 0.1; lm-eval draws several texts" in err
+    assert "eval.samples: removed in 0.1; lm-eval draws several texts" in err
 
 
 def test_first_sentences_end_where_sentences_do() -> None:

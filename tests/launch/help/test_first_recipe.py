@@ -146,5 +146,5 @@ def test_init_writes_a_file_once(
         assert ended.value.code == code
     captured = capsys.readouterr()
     assert "then: shoal run llama.yaml" in captured.out
-    assert "llama.yaml: is there already; name another file with --out" in captured.err
+    assert "llama.yaml: exists already; name another file with --out" in captured.err
     assert isinstance(parse_recipe(read_yaml(Path("llama.yaml").read_text())), Recipe)

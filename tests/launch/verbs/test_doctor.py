@@ -27,7 +27,7 @@ def test_a_machine_without_a_gpu_says_so_and_the_rest_is_looked_at(
 ) -> None:
     code, rows = told(capsys, "--run-dir", str(tmp_path / "runs"))
     assert code == 0
-    assert rows["GPU memory free"]["found"] == "no GPU: trainings run on the CPU"
+    assert rows["GPU memory free"]["found"] == "no GPU: training runs on the CPU"
     assert {rows[what]["verdict"] for what in ("devices", "host memory free", "run directory", "its loss")} == {"ok"}
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -80,7 +80,7 @@ def test_a_package_that_breaks_or_gives_no_numbers_is_wrong(monkeypatch: pytest.
     monkeypatch.setattr(doctor, "KERNELS", tried)
     found = [doctor._kernel(package, torch.device("cuda"))[1::2] for package in tried]
     broken = ("AttributeError: module 'posixpath' has no attribute 'none'", "wrong")
-    assert found == [("gives numbers that are not finite", "wrong"), broken, ("runs", "ok")]
+    assert found == [("produces numbers that are not finite", "wrong"), broken, ("runs", "ok")]
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def test_states_follow_what_is_there_and_what_it_was_made_from(make_run: Any, mo
     assert rows(stale)["measure"].startswith("made again")
     assert "measure.num_tokens is 96 in this recipe but 64 there" in rows(stale)["measure"]
     assert rows(stale)["prune"].startswith("made again")
-    assert "the student of the new cut" in rows(stale)["distill"]
+    assert "the student of the new plan" in rows(stale)["distill"]
     other = told_of("run", make_run(prune={"num_drop": None, "drop": [2]}))
     assert states(other)[:2] == ["done", "made again"]
     assert "drops:   2\n" in other
@@ -160,7 +160,7 @@ def test_a_training_that_cannot_be_estimated_is_said(make_run: Any, monkeypatch:
 
     monkeypatch.setattr(dry_run, "training_estimate", refuse)
     told = told_of("run", make_run(eval={"control": True}))
-    assert "to do no estimate no estimate the student of the new cut; the control too" in rows(told)["distill"]
+    assert "to do no estimate no estimate the student of the new plan; the control too" in rows(told)["distill"]
     assert told.endswith("--- distill ---\nstrange: cannot be run without data")
 
 

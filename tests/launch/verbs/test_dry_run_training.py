@@ -37,7 +37,7 @@ def test_the_report_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "ZeRO 3 ",
         "this recipe",
         "assuming 48% of ",
-        "frozen weights are held once",
+        "frozen weights are stored once",
         "the lowest 2 layer(s) are run once for both",
         "cheapest setting that fits",
     ):
@@ -69,9 +69,9 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     assert "weights, recorded before, and not loaded, " in told
     assert "the lowest 1 layer(s) are not run, the state above is recorded" in told
     assert run_verb("distill", str(file), ["distill.batch_size=7"], dry_run=True) == 2
-    assert "7 rows do not divide over 3 ranks" in capsys.readouterr().err
+    assert "7 rows cannot be divided over 3 ranks" in capsys.readouterr().err
     (tmp_path / "a.jsonl").write_text('{"file": "a.png", "question": "a", "completion": "b"}\n')
     images = f"distill.data={{path: {tmp_path}/a.jsonl, column: {{image: file, prompt: question, completion: answer}}}}"
     assert run_verb("distill", str(file), ["distill.teacher=live", images], dry_run=True) == 2
-    assert "reads no images; leave out the sources that name some" in capsys.readouterr().err
+    assert "does not read images; remove the sources with images" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

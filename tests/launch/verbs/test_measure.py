@@ -51,11 +51,11 @@ def make_run(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 
 def test_text_that_is_repeated_is_told(make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     measuring.measure(make_run())
-    assert "which is repeated" not in caplog.text
+    assert "so it is repeated" not in caplog.text
     (tmp_path / "few.jsonl").write_text('{"text": "two and two are four."}\n')
     measuring.measure(make_run({"data": str(tmp_path / "few.jsonl")}, run_dir=str(tmp_path / "other")))
     assert "measure.data: 64 tokens are more than" in caplog.text
-    assert "few.jsonl has, which is repeated: what is found rests on less text" in caplog.text
+    assert "few.jsonl holds, so it is repeated: the fit rests on less text" in caplog.text
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
 
     caplog.clear()
     prune.prune(run)
-    assert "expected sacrifice" in caplog.text
+    assert "expected loss" in caplog.text
     assert len(Plan.load(run.dir / "plan.json").drop) == 1
 
 

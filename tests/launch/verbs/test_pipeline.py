@@ -98,7 +98,8 @@ def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: py
     pruning.prune(make_run())
     pruning.prune(make_run(prune={"drop": [2]}))
     assert (
-        "plan.json is out of date (prune.drop is [2] in this recipe but [1, 3] there), making it again" in caplog.text
+        "plan.json is out of date (prune.drop is [2] in this recipe but [1, 3] there); producing it again"
+        in caplog.text
     )
     run = make_run()
     assert Plan.load(run.dir / "plan.json").drop == (2,)
@@ -246,7 +247,7 @@ def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promi
     other = make_run(distill={**settings, "num_tokens": 128})
     with pytest.raises(UserError, match=r"checkpoint-2: belongs to another run: distill.num_tokens is 128 in this re"):
         distill.distill_is_done(other)
-    assert "making it again" not in caplog.text
+    assert "producing it again" not in caplog.text
 
 
 def as_trained(folder: Path, inputs: dict[str, Any], model: Path) -> None:
@@ -264,13 +265,13 @@ def test_a_model_in_place_of_the_trained_one_is_not_scored_under_its_name(make_r
     evaluate.require_models_of_this_run(run, evaluate.roles(run))
     told = Training.load(run.dir / Training.FILE)
     replace(told, settings={}).save(run.dir / Training.FILE)
-    with pytest.raises(UserError, match=r"distilled: cannot be checked: distill\.json beside it is of an older shoal"):
+    with pytest.raises(UserError, match=r"distilled: cannot be checked: distill\.json is of an older shoal"):
         evaluate.evaluate(run)
     told.save(run.dir / Training.FILE)
     shutil.rmtree(run.dir / "distilled")
     shutil.copytree(run.dir / "student", run.dir / "distilled")
     for verb in (evaluate.evaluate, report.report):
-        with pytest.raises(UserError, match=r"distilled: is not the model that distill\.json beside it tells of"):
+        with pytest.raises(UserError, match=r"distilled: is not the model of distill\.json"):
             verb(run)
 
 

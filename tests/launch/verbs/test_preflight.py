@@ -62,10 +62,10 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(
     raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [2]}}
     own = {"tasks": ["long_texts"], "include_path": str(tmp_path)}
     distill = {"sequence_length": 64, "data": ["python_docs"]}
-    with pytest.raises(UserError, match=r"asks for 5000 new tokens .* leave this task out of eval.tasks"):
+    with pytest.raises(UserError, match=r"asks for 5000 new tokens .* remove this task from eval.tasks"):
         preflight(open_run(parse_recipe({**raw, "distill": distill, "eval": own})))
     watched = {**distill, "watch": {"tasks": ["long_texts"]}}
-    with pytest.raises(UserError, match=r"asks for 5000 new tokens .* leave this task out of distill.watch.tasks"):
+    with pytest.raises(UserError, match=r"asks for 5000 new tokens .* remove this task from distill.watch.tasks"):
         check_distill(
             open_run(parse_recipe({**raw, "distill": watched, "eval": {**own, "tasks": ["knowledge_continuation"]}}))
         )
@@ -78,8 +78,8 @@ def test_tasks_that_cannot_run_are_refused_before_anything_is_trained(
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        (3, r"^distill\.batch_size: 4 rows do not divide over 3 ranks .*or another number of ranks"),
-        (64, r"^num_processes: 64 ranks, and 8 cores for them here; set it to 8 or fewer"),
+        (3, r"^distill\.batch_size: 4 rows cannot be divided over 3 ranks .*or another number of ranks"),
+        (64, r"^num_processes: 64 ranks are more than the 8 cores here; set it to 8 or fewer"),
     ],
 )
 def test_ranks_that_cannot_train_are_refused_before_any_starts(

@@ -70,7 +70,7 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     assert (plan.first_change, plan.changed) == (0, (0, 1, 3, 4, 5))
     assert plan.provenance.inputs["prune.changes"] == [WIDTH]
     assert plan.text["sources"]["python_docs"]
-    assert plan.reason.endswith("what stays of each layer writes most")
+    assert plan.reason.endswith("the largest outputs of every layer stay")
     config = json.loads((run.dir / "student/config.json").read_text())
     sizes = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers")
     assert [config[name] for name in sizes] == [32, 2, 1, 8, 5]
@@ -79,13 +79,13 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
         pruning.prune(run_of(teacher, tmp_path, measure={**MEASURE, "batch_size": 2}))
     with pytest.raises(UserError, match=r"prune.changes is 'absent' in this recipe"):
         pruning.read_plan(run_of(teacher, tmp_path, prune={"drop": [2]}))
-    with pytest.raises(UserError, match=r"changes layers that stay .*; load the student that was written"):
+    with pytest.raises(UserError, match=r"changes layers that stay .*; load the student from itsitten"):
         shoal.cut_model(load_model(teacher), plan)
     told = json.loads((run.dir / "plan.json").read_text())
     groups = told["internal"]["width"]["groups"]
     groups[0] = "1" if groups[0] == "2" else "2"
     (run.dir / "plan.json").write_text(json.dumps(told))
-    with pytest.raises(UserError, match="one of them was changed after the cut"):
+    with pytest.raises(UserError, match="one of them was changed after pruning"):
         pruning.read_plan(run)
 
 

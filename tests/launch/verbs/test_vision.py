@@ -58,16 +58,14 @@ def test_layers_behind_which_the_image_is_added_are_never_chosen(
     assert run.prune.protect == (0, 1)
     with caplog.at_level(logging.WARNING, logger="shoal"):
         prune(run)
-    assert "reads images and is measured with text alone" in caplog.text
+    assert "reads images, but is measured with text only" in caplog.text
     plan = Plan.load(run.dir / Plan.FILE)
     assert len(plan.drop) == 3
     assert not {0, 1} & {*plan.drop}
     assert "layers 0, 1 protected" in plan.reason
     named = run_of(models / "qwen3_vl", tmp_path / "named", prune={"drop": [1, 3]})
     for stage in (preflight, prune):
-        with pytest.raises(
-            UserError, match=r"drop: features of the image are added behind the layers 0 to 1 of qwen3_vl"
-        ):
+        with pytest.raises(UserError, match=r"drop: qwen3_vl adds features of the image after the layers 0 to 1"):
             stage(named)
 
 
@@ -85,7 +83,7 @@ def test_layers_that_text_passes_by_are_not_measured_with_text(models: Path, tmp
     assert isinstance(run.prune, CutByScore)
     assert run.prune.protect == (0, -1, 1, 4)
     for stage in (preflight, measure):
-        with pytest.raises(UserError, match=r"mllama passes its layers \[1, 4\] by where there is no image"):
+        with pytest.raises(UserError, match=r"mllama skips its layers \[1, 4\] if there is no image"):
             stage(run)
     named = run_of(models / "mllama", tmp_path / "named", prune={"drop": [1, 2]})
     prune(named)
@@ -103,10 +101,10 @@ IMAGES: dict[str, Any] = {"path": "rows.jsonl", "column": COLUMNS}
         ({"data": [{"path": "a", "column": {"image": "i", "prompt": "p"}}]}, r"column.completion: is required"),
         (
             {"data": [{"path": "a", "column": {**COLUMNS, "loss_on": "all"}}]},
-            r"column.loss_on: has no place beside distill.data.0.column.image",
+            r"column.loss_on: excludes distill.data.0.column.image",
         ),
-        ({"on_policy": {"share": 0.5}}, r"distill.on_policy: the student writes from text alone, .* has images"),
-        ({"teacher": "recorded"}, r"distill.teacher: what a teacher says of images is not recorded"),
+        ({"on_policy": {"share": 0.5}}, r"distill.on_policy: the student writes from text only, .* has images"),
+        ({"teacher": "recorded"}, r"distill.teacher: outputs for images cannot be recorded"),
     ],
 )
 def test_what_does_not_go_with_images_is_refused_with_the_recipe(section: dict[str, Any], message: str) -> None:

@@ -88,7 +88,7 @@ def test_scores_are_there_with_all_their_items_or_not_at_all(tmp_path: Path, mon
     assert not path.exists()
     EVALUATED.save(path)
     (tmp_path / "teacher.items.jsonl").unlink()
-    with pytest.raises(UserError, match=r"its items, teacher\.items\.jsonl, are not beside it; delete it"):
+    with pytest.raises(UserError, match=r"its items file teacher\.items\.jsonl is missing; delete it"):
         Scores.load(path)
 
 
@@ -127,7 +127,7 @@ def plan_with(tmp_path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 99}, "is no shoal/plan/1, its schema is 99; delete it"),
+        ({"schema": 99}, "has the schema 99 instead of shoal/plan/1; delete it"),
         ({"drop": "x"}, r"plan.json: drop: .*; delete it and run its stage again"),
         ({"reason": None}, r"plan.json: reason: .*; delete it and run its stage again"),
     ],
@@ -143,7 +143,7 @@ NO_JSON = (b"", b"{", b'{"schema": 1', b"\xff\xfe", b"\0" * 100)
 @pytest.mark.parametrize("content", [*NO_JSON, b"[]", b"3", b"null"])
 def test_what_is_no_json_or_no_artifact_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "plan.json").write_bytes(content)
-    told = "is not valid JSON .*" if content in NO_JSON else "is no shoal/plan/1, its schema is None"
+    told = "is not valid JSON .*" if content in NO_JSON else "has the schema None instead of shoal/plan/1"
     with pytest.raises(UserError, match=rf"plan.json: {told}; delete it and run its stage again"):
         Plan.load(tmp_path / "plan.json")
 
@@ -214,19 +214,19 @@ def scored(**changes: Any) -> Scores:
 @pytest.mark.parametrize(
     ("artifact", "message"),
     [
-        (Plan(MADE, 6, (3, 1), ""), r"drop: is \[3, 1\]; layers are named once, increasing"),
-        (Plan(MADE, 6, (1, 1), ""), r"drop: is \[1, 1\]"),
-        (Plan(MADE, 6, (1, 6), ""), r"drop: names layer 6 of a model of 6 layers"),
-        (Plan(MADE, 2, (0, 1), ""), r"drop: leaves no layer"),
-        (Plan(MADE, 6, (1, 2), ""), r"drop: is \[1, 2\], and the recipe that made it asked for \[1, 3\]"),
+        (Plan(MADE, 6, (3, 1), ""), r"drop: \[3, 1\] must list every layer once, in increasing order"),
+        (Plan(MADE, 6, (1, 1), ""), r"drop: \[1, 1\]"),
+        (Plan(MADE, 6, (1, 6), ""), r"drop: layer 6 does not exist; the model has 6 layers"),
+        (Plan(MADE, 2, (0, 1), ""), r"drop: all layers are dropped"),
+        (Plan(MADE, 6, (1, 2), ""), r"drop: \[1, 2\] differs from the recipe's prune.drop, \[1, 3\]"),
         (replace(EVALUATED, tasks=()), "tasks: "),
-        (replace(EVALUATED, tasks=(FIRST, FIRST)), r"tasks\.1: retrieval_continuation .* is there twice"),
-        (scored(items=()), r"tasks\.0\.items: has 0 items, n says 100"),
+        (replace(EVALUATED, tasks=(FIRST, FIRST)), r"tasks\.1: retrieval_continuation .* appears twice"),
+        (scored(items=()), r"tasks\.0\.items: holds 0 items, but n is 100"),
         (scored(items=(), n=0), r"tasks\.0\.n: "),
-        (scored(n=99), r"tasks\.0\.items: has 100 items, n says 99"),
+        (scored(n=99), r"tasks\.0\.items: holds 100 items, but n is 99"),
         (scored(chance=1.0), r"tasks\.0\.chance: "),
-        (scored(score=0.99, ci_high=1.0), r"tasks\.0\.score: is 0\.99, .* items"),
-        (scored(ci_low=0.9, ci_high=0.8), r"tasks\.0\.ci_low: 0\.9 is above ci_high, 0\.8"),
+        (scored(score=0.99, ci_high=1.0), r"tasks\.0\.score: 0\.99 is not the mean of its items"),
+        (scored(ci_low=0.9, ci_high=0.8), r"tasks\.0\.ci_low: 0\.9 is above ci_high \(0\.8"),
         (scored(items=(replace(FIRST.items[0], weight=0.0), *FIRST.items[1:])), r"tasks\.0\.items\.0\.weight: "),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_template_in_which_turns_depend_on_later_ones_is_refused(template: str
 
 
 def test_a_role_that_the_template_refuses_is_named() -> None:
-    message = r"data 'x' row 0: .* refuses a conversation of system, user, .*System role not"
+    message = r"data 'x' row 0: .* rejects a conversation of system, user, .*System role not"
     with pytest.raises(UserError, match=message):
         learnt([SYSTEM, *TURNS], shipped("gemma"))
 
@@ -165,7 +165,7 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
     source = DataSource(written(tmp_path, [{"m": TURNS}]), column=M)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    message = "holds conversations, but the model's tokenizer has no chat template; take that of an instruction"
+    message = "holds conversations, but the model's tokenizer has no chat template; use the tokenizer of an instruction"
     with pytest.raises(UserError, match=message):
         check_source(source, tokenizer, sequence_length=64)
     with pytest.raises(UserError, match=message):

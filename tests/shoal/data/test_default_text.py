@@ -43,7 +43,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, *, offl
     [
         (None, False, "public", "the Hub has it"),
         (None, True, "bundled", "HF_HUB_OFFLINE is set"),
-        (httpx.ConnectError("refused"), False, "bundled", "does not give HuggingFaceFW/fineweb-edu (ConnectError)"),
+        (httpx.ConnectError("refused"), False, "bundled", "does not provide HuggingFaceFW/fineweb-edu (ConnectError)"),
         (json.JSONDecodeError("no Hub", "", 0), False, "bundled", "(JSONDecodeError)"),
     ],
 )
@@ -127,7 +127,7 @@ def test_who_only_reads_results_asks_no_hub_and_keeps_nothing(
 
 
 def test_auto_stands_for_nothing_elsewhere() -> None:
-    with pytest.raises(UserError, match=r"data 'auto': stands for text in measure\.data and distill\.data alone"):
+    with pytest.raises(UserError, match=r"data 'auto': works only in measure\.data and distill\.data"):
         next(documents(TextSource(AUTO)))
 
 

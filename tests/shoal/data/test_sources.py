@@ -159,7 +159,7 @@ def test_a_file_and_a_caller_s_rows_have_the_same_columns(tmp_path: Path, row: d
 
 
 def test_a_column_of_a_source_without_columns_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data 'python_docs': holds texts without columns; leave column out"):
+    with pytest.raises(UserError, match=r"data 'python_docs': holds texts without columns; remove column"):
         load_texts(DataSource("python_docs", column="text"))
 
 

@@ -70,8 +70,8 @@ def test_text_that_is_there_is_read_without_the_engine_and_on_several_ranks(
 @pytest.mark.parametrize(
     ("found", "ranks", "message"),
     [
-        (None, 1, r"^eval\.backend: vllm is not installed here; install it, or use backend: transformers, which "),
-        (object(), 2, r"^eval\.backend: vllm manages its own processes and cannot be run by 2 ranks; run "),
+        (None, 1, r"^eval\.backend: vllm is not installed; install it, or set backend: transformers "),
+        (object(), 2, r"^eval\.backend: vllm manages its own processes and cannot run under 2 ranks; run "),
     ],
 )
 def test_an_engine_that_cannot_run_here_is_refused(

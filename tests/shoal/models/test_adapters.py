@@ -216,7 +216,11 @@ def test_a_quantised_base_is_refused(adapter: Path, base: Path, cache: Path) -> 
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
     }
     file.write_text(json.dumps(config))
-    refused(adapter, r"its base is quantised, and a merge would be rounded away; name the full-precision model", cache)
+    refused(
+        adapter,
+        r"its base is quantised, and merging would round the adapter away; name the full-precision model",
+        cache,
+    )
 
 
 @pytest.mark.slow

@@ -75,11 +75,11 @@ HALF = {"dtype": "bfloat16", "distill.precision": "float16"}
     ("config", "precisions", "reason"),
     [
         (StableLmConfig(), HALF, "is not possible for stablelm, which does not tell its kernels where documents begin"),
-        (PreTrainedConfig(), HALF, "is not known to be possible for PreTrainedConfig"),
-        (architectures.tiny_config("gemma4"), HALF, "is not known to be possible for gemma4"),
+        (PreTrainedConfig(), HALF, "is not known to work for PreTrainedConfig"),
+        (architectures.tiny_config("gemma4"), HALF, "is not known to work for gemma4"),
         (LlamaConfig(), HALF | {"distill.precision": "float32"}, "and distill.precision is float32"),
-        (LlamaConfig(head_dim=288), HALF, "takes heads of a multiple of 8 numbers up to 256, and llama has 288"),
-        (LlamaConfig(head_dim=60), HALF, "a multiple of 8 numbers up to 256, and llama has 60"),
+        (LlamaConfig(head_dim=288), HALF, "takes head sizes of a multiple of 8 up to 256, but llama has 288"),
+        (LlamaConfig(head_dim=60), HALF, "a multiple of 8 up to 256, but llama has 60"),
         (LlamaConfig(hidden_size=80, num_attention_heads=4), HALF, "and llama has 20"),
     ],
 )
@@ -109,14 +109,14 @@ def test_flash_is_taken_where_it_is_possible_and_the_reason_names_the_kernels() 
         (
             architectures.tiny_config("gemma4_text"),
             (8, 0),
-            "for gemma4_text, which does otherwise where SDPA has its name",
+            "for gemma4_text, which computes something else under the name SDPA",
         ),
-        (architectures.tiny_config("falcon"), (8, 0), "for falcon, which does otherwise where SDPA has its name"),
+        (architectures.tiny_config("falcon"), (8, 0), "for falcon, which computes something else under the name SDPA"),
         (Gemma2Config(), (9, 0), "by torch's own kernels is not possible for gemma2, which has no SDPA"),
         (
             LlamaConfig(attention_dropout=0.1),
             (9, 0),
-            "has no dropout_p in varlen, and config.json says attention_dropout",
+            "has no dropout_p in varlen, but config.json has attention_dropout",
         ),
         (LlamaConfig(head_dim=256), (8, 9), ""),
         (LlamaConfig(head_dim=224), (9, 0), ""),

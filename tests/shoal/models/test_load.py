@@ -126,7 +126,7 @@ def test_remote_code_runs_only_with_consent(folder: Path) -> None:
     )
     names = {"AutoConfig": "theirs.TheirConfig", "AutoModelForCausalLM": "theirs.TheirModel"}
     set_json(folder / "config.json", model_type="theirs", auto_map=names)
-    message = "needs code that comes with the checkpoint; read it, then set trust_remote_code"
+    message = "needs code that comes with the checkpoint; read the code, and if you trust it, set trust_remote_code"
     with pytest.raises(UserError, match=message):
         load_model(folder)
     assert type(load_model(folder, trust_remote_code=True)).__name__ == "TheirModel"

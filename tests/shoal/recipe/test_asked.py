@@ -76,10 +76,10 @@ def test_a_file_alone_does_not_do_and_the_command_line_does(
     (message,) = str(refusal.value).split("\n")
     assert message.startswith(f"got.yaml: {row.place}: {row.why} (got ")
     assert message.endswith(
-        f"and a recipe may come from anybody; add --allow {row.can} to the command, or leave it out"
+        f"which a recipe file may do only with your consent; add --allow {row.can} to the command, or remove the key"
     )
     other = next(kind for kind in KINDS if kind != row.can)
-    with pytest.raises(UserError, match="may come from anybody"):
+    with pytest.raises(UserError, match="only with your consent"):
         load_recipe(file, [f"{ALLOW}={other}", "seed=1"])
     with caplog.at_level(logging.INFO, logger="shoal"):
         allowed = load_recipe(file, [f"{ALLOW}={other},{row.can}"])
@@ -95,7 +95,7 @@ def test_a_file_alone_does_not_do_and_the_command_line_does(
     (Path("run") / FILE).write_text(memory_of({"model": "a/b", **said(row)}))
     assert load_recipe(file) == load_recipe("run") == allowed, "what was allowed in a run directory is kept there"
     (Path("run") / FILE).write_text(yaml.safe_dump({"model": "a/b", **said(row)}))
-    with pytest.raises(UserError, match="may come from anybody"):
+    with pytest.raises(UserError, match="only with your consent"):
         load_recipe(file)
 
 
@@ -120,7 +120,7 @@ def test_a_word_beside_the_value_is_not_the_value() -> None:
     """An override of another key, or below the place, leaves what the file says the file's."""
     file = written(next(row for row in ASKED if row.place == "distill.deepspeed.csv_monitor"))
     for word in ("distill.deepspeed.csv_monitor.job_name=x", "distill.deepspeed.steps_per_print=1"):
-        with pytest.raises(UserError, match="may come from anybody"):
+        with pytest.raises(UserError, match="only with your consent"):
             load_recipe(file, [word])
 
 

@@ -57,7 +57,7 @@ def test_wrong_term_is_refused_with_its_path_and_remedy(term: dict[str, Any], me
 
 def test_one_term_given_twice_is_refused_and_two_of_one_kind_are_not() -> None:
     twice = contradictions((ForwardKL(), CrossEntropy(), ForwardKL(weight=0.5)), "here")
-    assert twice == ["here.2: is the forward_kl at 0 again; give it once, with the sum of the weights"]
+    assert twice == ["here.2: forward_kl is listed twice (first at 0); list it once with both weights added"]
     assert not contradictions((ForwardKL(), ForwardKL(temperature=2.0), JSD(beta=0.2), JSD(), TAID(), DKD()))
 
 

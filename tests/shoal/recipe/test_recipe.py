@@ -89,7 +89,7 @@ def test_every_problem_is_reported_at_once_with_the_file(tmp_path: Path) -> None
             "\n".join(
                 [f"b0: &b0 {['x'] * 9}", *(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]" for n in range(1, 9))]
             ),
-            "aliases stand for 490,329,057 values; write out what is meant",
+            "aliases expand to 490,329,057 values; write the values themselves",
             1,
         ),
     ],
@@ -244,7 +244,9 @@ def test_shipped_recipe_is_found_by_its_name_and_a_local_one_first(
     monkeypatch.setattr("shoal.recipe.recipe.CONFIGS_DIR", shipped)
     monkeypatch.chdir(tmp_path)
     assert load_recipe("small.yaml").model == load_recipe("configs/small.yaml").model == "shipped"
-    with pytest.raises(UserError, match=r"elsewhere/small.yaml: no such recipe file; shipped recipes are small.yaml"):
+    with pytest.raises(
+        UserError, match=r"elsewhere/small.yaml: no recipe file with this name; shipped recipes are small.yaml"
+    ):
         load_recipe("elsewhere/small.yaml")
     (tmp_path / "small.yaml").write_text("model: local\nrun_dir: r\n")
     assert load_recipe("small.yaml").model == "local"

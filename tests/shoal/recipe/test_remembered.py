@@ -108,7 +108,7 @@ def test_strangers_are_not_believed(
     signed = file.read_text()
     for text in (signed.replace("drop:", "spare:"), signed.replace("# signature ", "# sig "), "model: m\n"):
         file.write_text(text)
-        assert "has no signature of yours, and a recipe of somebody else can run code" in refusal(
+        assert "is not signed with your key, and somebody else's recipe can run code" in refusal(
             capsys, "report", str(run_dir)
         )
     file.write_text(signed.replace("- 3", "- 2"))
@@ -123,7 +123,7 @@ def test_secrets_are_not_kept_and_asked_for_again(
     secret = "hf_" + "s" * 34
     assert _main(["prune", recipe, f"track.tags=[a, {secret}]"]) == 0
     assert secret not in (run_dir / FILE).read_text()
-    assert "track.tags.1 was a secret and is not kept; say it again: track.tags.1=..." in refusal(
+    assert "shoal does not store secrets in a run directory; add track.tags.1=VALUE to the command" in refusal(
         capsys, "report", str(run_dir)
     )
     assert _main(["report", str(run_dir), f"track.tags.1={secret}"]) == 0

@@ -141,7 +141,7 @@ def test_a_service_that_dies_ends_nothing_and_is_said_once(tmp_path: Path, caplo
     wandb_run.finish(tmp_path)
     assert wandb_run.start(OFFLINE, tmp_path, {}) is None
     warnings = [record.message for record in caplog.records if record.name == "shoal.tracking.wandb_run"]
-    assert len([text for text in warnings if "Nothing more is tracked by this process; results are in" in text]) == 1
+    assert len([text for text in warnings if "This process stops tracking; results are in" in text]) == 1
 
 
 def test_a_key_is_needed_only_where_online_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

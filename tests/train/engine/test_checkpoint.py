@@ -97,7 +97,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, cap
     damage(newest)
     with caplog.at_level("WARNING"):
         assert last_complete(tmp_path, INPUTS) == tmp_path / "checkpoint-1"
-    assert "going back to the checkpoint before it" in caplog.text
+    assert "resuming from the checkpoint before it" in caplog.text
     assert re.search(message, caplog.text)
 
 

@@ -1,4 +1,4 @@
-"""The late rank is the one that gives no sign of life, else the one that is behind."""
+"""The late rank is the one that does not respond, else the one that is behind."""
 
 import json
 import time
@@ -16,8 +16,8 @@ def sign(beat, progress, pid=1):
 @pytest.mark.parametrize(
     ("before", "now", "late"),
     [
-        ([(5, 7), (5, 7, 42), (5, 3)], [(9, 7), (5, 7, 42), (9, 3)], {1: "process 42) gives no sign of life"}),
-        ([(5, 7), (5, 6)], [(9, 7), (9, 6)], {1: "lives, but is behind the others"}),
+        ([(5, 7), (5, 7, 42), (5, 3)], [(9, 7), (5, 7, 42), (9, 3)], {1: "process 42) does not respond"}),
+        ([(5, 7), (5, 6)], [(9, 7), (9, 6)], {1: "responds, but is later than the others"}),
         ([(5, 7), (5, 7)], [(9, 7), (9, 7)], {}),
     ],
     ids=["silent, whatever its progress", "alive and behind", "all alive and equally far"],
@@ -48,7 +48,7 @@ def test_a_waiting_rank_ends_itself_only_for_a_late_one(tmp_path, monkeypatch, c
     heartbeat.stop()
     if other == "silent":
         assert ended[0] == 1
-        assert "rank 1 (host node-a, process 77) gives no sign of life" in caplog.text
+        assert "rank 1 (host node-a, process 77) does not respond" in caplog.text
         assert "the same command goes on from the last checkpoint" in caplog.text
     else:
         assert not ended

@@ -177,10 +177,10 @@ def test_an_answer_ends_as_the_chat_template_ends_it_and_nothing_else_is_learnt(
     assert processor.image_token_id in ids
     processor.chat_template, kept = processor.chat_template.replace("assistant: ", "helper: "), processor.chat_template
     try:
-        with pytest.raises(UserError, match=r"row 2 of .*: the processor's chat template does not write its answer"):
+        with pytest.raises(UserError, match=r"row 2 of .*: the processor's chat template does not write the answer"):
             reader.tokens(reader.rows[source][2])
     finally:
         processor.chat_template = kept
     spoilt = dataclasses.replace(reader.rows[source][0], answer="<soft>")
-    with pytest.raises(UserError, match=r"row 0 of .*: its answer holds a token that stands for an image; mend it"):
+    with pytest.raises(UserError, match=r"row 0 of .*: the answer holds a token that stands for an image; change"):
         reader.tokens(spoilt)

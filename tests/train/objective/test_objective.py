@@ -78,7 +78,7 @@ def test_undoing_the_objective_gives_the_model_back():
 def test_a_head_that_is_not_linear_is_refused():
     model = tiny_model("llama")
     model.lm_head = torch.nn.Identity()
-    with pytest.raises(UserError, match=r"output head is Identity, distillation needs nn\.Linear"):
+    with pytest.raises(UserError, match=r"output head is Identity, not nn\.Linear"):
         output_head(model)
 
 

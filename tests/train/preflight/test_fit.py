@@ -111,7 +111,7 @@ def test_a_run_without_the_memory_is_refused_with_what_fits(
     machine["memory"] = 900_000_000
     with pytest.raises(UserError, match=r"rank\(s\) on this node need .* MB are free; this fits: distill\.") as caught:
         refuse(folders, tmp_path, trainer={"per_device_train_batch_size": 4096})
-    assert "`--force` starts it all the same" in str(caught.value)
+    assert "`--force` starts the training anyway" in str(caught.value)
 
 
 @pytest.mark.slow

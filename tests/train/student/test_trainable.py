@@ -73,7 +73,7 @@ def test_what_turns_an_image_into_tokens_stays_as_it_is(name: str, trainable: st
 
 
 def test_what_a_plan_does_not_have_is_refused() -> None:
-    with pytest.raises(UserError, match=r"from_first_cut .* drops the last ones; choose near_gaps"):
+    with pytest.raises(UserError, match=r"from_first_cut .* drops the last layers; choose near_gaps"):
         trained_parts("from_first_cut", plan(8, 9))
 
 

@@ -166,7 +166,7 @@ def test_bucket_kl_of_recorded_signals_is_off_by_no_more_than_stated(temperature
 def test_a_recording_serves_a_run_with_fewer_rows_and_refuses_one_with_more(teacher, tmp_path):
     record(teacher, tmp_path / "signals")
     assert opened(teacher, tmp_path / "signals", rows(4)).rows([3]).ids_BSK.shape == (1, S, 5)
-    with pytest.raises(UserError, match=r"holds 8 rows and this run needs 11; .* adds what is missing"):
+    with pytest.raises(UserError, match=r"holds 8 rows, but this run needs 11; .* adds the missing rows"):
         opened(teacher, tmp_path / "signals", rows(11))
 
 
@@ -203,7 +203,7 @@ def test_a_recording_that_was_killed_goes_on_at_the_next_shard(teacher, tmp_path
             record(teacher, tmp_path / "signals")
     assert list(shards(tmp_path / "signals")) == ["shard-000000.safetensors"]
     (tmp_path / "signals" / ".shard-000001.safetensors.abc.tmp").write_bytes(b"what a real SIGKILL leaves")
-    with pytest.raises(UserError, match="holds 0 rows and this run needs 8; run `shoal record` again"):
+    with pytest.raises(UserError, match="holds 0 rows, but this run needs 8; run `shoal record` again"):
         opened(teacher, tmp_path / "signals")
 
     done: list[range] = []
@@ -321,11 +321,11 @@ def test_signals_of_other_rows_are_refused_with_what_shaped_them(teacher, tmp_pa
     record(teacher, tmp_path / "signals")
     data = rows()
     data.input_ids_NS[4, 2] += 1
-    with pytest.raises(UserError, match=r"row 4 has other tokens there \(the text or the order"):
+    with pytest.raises(UserError, match=r"row 4 has other tokens \(the text or the order"):
         opened(teacher, tmp_path / "signals", data)
-    with pytest.raises(UserError, match=r"row 0 has other tokens there \(seed is 1 in this recipe but 0 there\)"):
+    with pytest.raises(UserError, match=r"row 0 has other tokens \(seed is 1 in this recipe but 0 there\)"):
         opened(teacher, tmp_path / "signals", rows(seed=1), rows_from={**ROWS_FROM, "seed": 1})
-    with pytest.raises(UserError, match="row 0 has other tokens there"):
+    with pytest.raises(UserError, match="row 0 has other tokens"):
         record(teacher, tmp_path / "signals", rows(seed=1))
     moved = rows()
     moved.position_ids_NS[5, 7] = 7  # another border between documents
@@ -334,6 +334,6 @@ def test_signals_of_other_rows_are_refused_with_what_shaped_them(teacher, tmp_pa
 
 
 def test_as_many_tokens_as_the_vocabulary_has_are_refused(teacher, tmp_path):
-    with pytest.raises(UserError, match=r"distill.teacher.top_k: 272 leaves none of the 272 tokens .* record fewer"):
+    with pytest.raises(UserError, match=r"distill.teacher.top_k: 272 covers all of the 272 tokens .* lower it"):
         record(teacher, tmp_path / "signals", top_k=VOCAB_SIZE)
     assert not (tmp_path / "signals").exists()

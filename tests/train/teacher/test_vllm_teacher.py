@@ -100,12 +100,12 @@ def _fewer(told: list[Any]) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
-    "at another temperature": (_scale(2.0), r"does not say what the teacher says: .* over 36 tokens"),
-    "not log-probabilities": (_scale(-1.0), r"does not say what the teacher says"),
-    "not numbers": (_scale(math.nan), r"does not say what the teacher says: nan"),
-    "another vocabulary": (_rename, r"does not tell of 5 of the teacher's tokens in every place"),
-    "too few": (_fewer, r"does not tell of 5 of the teacher's tokens in every place"),
-    "truncated": (list.pop, r"does not tell of 5 of the teacher's tokens in every place"),
+    "at another temperature": (_scale(2.0), r"vLLM and transformers disagree about the teacher .* over 36 tokens"),
+    "not log-probabilities": (_scale(-1.0), r"vLLM and transformers disagree about the teacher"),
+    "not numbers": (_scale(math.nan), r"vLLM and transformers disagree about the teacher .* nan"),
+    "another vocabulary": (_rename, r"vLLM returned fewer than 5 log-probabilities at a position"),
+    "too few": (_fewer, r"vLLM returned fewer than 5 log-probabilities at a position"),
+    "truncated": (list.pop, r"vLLM returned fewer than 5 log-probabilities at a position"),
 }
 
 
