@@ -161,8 +161,8 @@ class Goals:
             return first
         nearest = self.in_words(cuts[-1] if cuts else ())
         raise UserError(
-            f"prune.target: is not reached by {what}; the nearest is {nearest}. Lower the target, or shorten prune.protect "
-            "and prune.spare"
+            f"prune.target: is not reached by {what}; the nearest is {nearest}. Lower the target, or shorten "
+            "prune.protect and prune.spare"
         )
 
 

@@ -158,7 +158,7 @@ def test_protected_layers_of_an_order_are_passed_over_and_told() -> None:
     choice = change(num_drop=2, metric="sleb")
     assert choice.drop == (1, 3)
     assert choice.reason == (
-        "the first 2 of 6 layers of the order of sleb that may go (1 passed over); layers 0, 5 protected"
+        "the first 2 of 6 layers of the order of sleb that may be dropped (1 passed over); layers 0, 5 protected"
     )
 
 

@@ -91,7 +91,7 @@ def test_what_no_launcher_says_is_refused_by_name(
         monkeypatch.setenv(name, value)
     told = " ".join(f"{name}={value}" for name, value in said.items())
     for ask in (rank, local_rank, world_size):
-        with pytest.raises(UserError, match=rf"^{told}: in the environment, .*`unset {unset}`"):
+        with pytest.raises(UserError, match=rf"^{told}: set in the environment, .*`unset {unset}`"):
             ask()
 
 
@@ -135,7 +135,7 @@ def test_a_gpu_that_torch_does_not_see_is_told_with_its_driver(
     assert re.search(
         f"device: everything runs on the CPU, although this machine has a GPU: {UNSEEN}; set device: cpu", caplog.text
     )
-    with pytest.raises(UserError, match=f"^device: is cuda, but torch finds no such GPU: {UNSEEN}; mend that"):
+    with pytest.raises(UserError, match=f"^device: is cuda, but torch finds no such GPU: {UNSEEN}; fix that"):
         check_device("cuda")
     (machine / "version").unlink()
     with pytest.raises(UserError, match="a driver of unknown version"):

@@ -131,7 +131,7 @@ def test_more_removals_than_candidates_are_refused(name: str, num_drop: int, mes
 
 
 def test_one_layer_is_compared_with_no_other() -> None:
-    with pytest.raises(UserError, match="local_shapley compares layers, and this model has one"):
+    with pytest.raises(UserError, match="local_shapley compares layers, and this model has only one"):
         measured(tiny_model("llama", num_hidden_layers=1), "local_shapley")
 
 

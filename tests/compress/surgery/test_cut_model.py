@@ -161,7 +161,7 @@ def test_tensor_that_would_be_lost_is_refused() -> None:
     teacher = tiny_model("llama")
     decoder_layers(teacher)[2].register_parameter("gate", nn.Parameter(torch.ones(1)))
     cut_model(teacher, (2,))
-    with pytest.raises(UserError, match=r"layers.2.gate: a tensor that would be lost in the cut"):
+    with pytest.raises(UserError, match=r"layers.2.gate: .* a tensor that would be lost in the cut"):
         cut_model(teacher, (1,))
 
 

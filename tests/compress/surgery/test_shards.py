@@ -158,7 +158,7 @@ def test_lost_bytes_are_found(source: Path, tmp_path: Path, place: int) -> None:
     content = bytearray(file.read_bytes())
     content[place if place else len(planned[1].header)] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"new\.layers\.\d\.[ab] is not what layers"):
+    with pytest.raises(UserError, match=r"new\.layers\.\d\.[ab] differs from layers"):
         compare_shards(planned, tmp_path, {})
 
 

@@ -154,7 +154,7 @@ def test_a_task_without_signal_has_no_share_kept_and_says_why() -> None:
 
 
 def test_too_few_items_are_refused_before_and_after_the_sweep() -> None:
-    message = r"task 'retrieval_continuation': has 6 items, .* fewer than 10; raise measure.sweep.limit"
+    message = r"task 'retrieval_continuation': has 6 items, .* at least 10 .*; raise measure.sweep.limit"
     few = task(right(0.5, count=6))
     with pytest.raises(UserError, match=message):
         build_atlas([few], [[few]] * 20)

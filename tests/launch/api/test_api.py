@@ -351,8 +351,7 @@ def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> N
         with pytest.raises(shoal.UserError) as refused:
             heal(model, model, TEXTS, tokenizer=tokenizer, **{key: None})
         assert str(refused.value) == (
-            f"shoal.distill: {key}: is for run directories, and has no use for a model in memory; leave it out, or "
-            "give a whole recipe to shoal.run"
+            f"shoal.distill: {key}: only works with a run directory; remove it, or call shoal.run with a full recipe"
         )
 
 

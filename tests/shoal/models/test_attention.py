@@ -74,7 +74,7 @@ HALF = {"dtype": "bfloat16", "distill.precision": "float16"}
 @pytest.mark.parametrize(
     ("config", "precisions", "reason"),
     [
-        (StableLmConfig(), HALF, "is not possible for stablelm, which does not tell its kernels where documents begin"),
+        (StableLmConfig(), HALF, "is not possible for stablelm, which does not pass document borders to its kernels"),
         (PreTrainedConfig(), HALF, "is not known to work for PreTrainedConfig"),
         (architectures.tiny_config("gemma4"), HALF, "is not known to work for gemma4"),
         (LlamaConfig(), HALF | {"distill.precision": "float32"}, "and distill.precision is float32"),
@@ -86,7 +86,7 @@ HALF = {"dtype": "bfloat16", "distill.precision": "float16"}
 def test_flash_is_refused_where_it_is_not_possible_and_auto_takes_sdpa(
     config: PreTrainedConfig, precisions: dict[str, str], reason: str
 ) -> None:
-    with pytest.raises(UserError, match=rf"^attn_implementation: flash .*{reason}; set it to sdpa, or auto"):
+    with pytest.raises(UserError, match=rf"^attn_implementation: flash .*{reason}; set it to sdpa, or to auto"):
         choose_attention("flash", config, GPU, precisions)
     chosen = choose_attention("auto", config, GPU, precisions)
     assert (chosen.attention, reason in chosen.reason) == ("sdpa", True)

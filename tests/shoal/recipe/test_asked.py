@@ -168,7 +168,7 @@ def test_a_run_directory_replaces_nothing_that_no_run_has_made(tmp_path: Path) -
     load_recipe("got.yaml")
     for name in FOLDERS:
         (folder / name).mkdir()
-        with pytest.raises(UserError, match=rf"mine: is no run directory, and its {name}/ would be replaced"):
+        with pytest.raises(UserError, match=rf"mine: not a run directory, and its {name}/ would be replaced"):
             load_recipe("got.yaml")
         (folder / "run.json").touch()
         load_recipe("got.yaml")

@@ -51,7 +51,9 @@ def test_a_row_of_the_table_is_refused_with_reason_and_remedy() -> None:
     both = Distill(on_policy=OnPolicy(), teacher=Recorded())
     (told,) = not_together(both)
     assert told in NOT_TOGETHER
-    assert told.startswith("distill.on_policy: nothing is recorded of what the student will write; set ")
+    assert told.startswith(
+        "distill.on_policy: recorded teachers cannot score text that the student has yet to write; set "
+    )
     assert [*contradictions(both)] == [told]
     assert IS_SO.keys() == WORDS.keys()
     assert not [*not_together(Distill()), *not_together(Eval())]
