@@ -263,7 +263,7 @@ def test_quiet_leaves_results_warnings_and_errors(
     said = capsys.readouterr().err
     assert said[said.index(" ") :] == " take care of 0\n"
     assert cli._main(["explain", "seed", "--quiet"]) == 0
-    assert "Seed of everything" in capsys.readouterr().out
+    assert "Seed of every random choice" in capsys.readouterr().out
     assert cli._main(["prune", recipe, "--quiet", "seed=x"]) == 2
     assert capsys.readouterr().err.startswith("shoal: error: override 'seed=x'")
     assert cli._main(["prune", recipe]) == 0
