@@ -59,7 +59,7 @@ class Export(Section):
     private: bool = True
     """Create the repository as private. An existing public repository is an error."""
     gguf: bool = False
-    """Also write the result as one GGUF file for llama.cpp, in its stored precision. The model card goes into distilled/."""
+    """Also write the result as one GGUF file for llama.cpp, in its stored precision. The card goes into distilled/."""
 
 
 @dataclass(frozen=True)
