@@ -40,8 +40,9 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """A page with the links that the site alone can follow: to notebooks as pages, and to pages made here."""
-    made = r"`([\w-]+)\.html`" if page.file.src_uri == "docs/reference/README.md" else "$^"
-    return re.sub(made, r"[\1](\1.md)", markdown.replace(".ipynb)", ".md)"))
+    text = markdown.replace(".ipynb)", ".md)")
+    is_list = page.file.src_uri == "docs/reference/README.md"
+    return re.sub(r"`([\w-]+)\.html`", r"[\1](\1.md)", text) if is_list else text
 
 
 def notebook(file: Path) -> Iterator[str]:
