@@ -40,8 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """A page with the links that the site alone can follow: to notebooks as pages, and to pages made here."""
-    text = markdown.replace(".ipynb)", ".md)")
-    is_list = page.file.src_uri == "docs/reference/README.md"
+    text, is_list = markdown.replace(".ipynb)", ".md)"), page.file.src_uri == "docs/reference/README.md"
     return re.sub(r"`([\w-]+)\.html`", r"[\1](\1.md)", text) if is_list else text
 
 
@@ -52,11 +51,9 @@ def notebook(file: Path) -> Iterator[str]:
         yield source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
         for output in cell.get("outputs", ()):
             shown = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
-            if "image/png" in shown:
-                yield f"![figure](data:image/png;base64,{shown['image/png'].strip()})"
-            else:
-                text = shown.get("text/plain") or "".join(output.get("text", ()))
-                yield shown.get("text/html") or f"```text\n{text.strip()}\n```"
+            text = shown.get("text/plain") or "".join(output.get("text", ()))
+            image = f"![figure](data:image/png;base64,{shown.get('image/png', '').strip()})"
+            yield image if "image/png" in shown else shown.get("text/html") or f"```text\n{text.strip()}\n```"
 
 
 def cli() -> Iterator[str]:
@@ -71,23 +68,17 @@ def cli() -> Iterator[str]:
 def recipe() -> Iterator[str]:
     """A heading for every section of a recipe, under it a table of its keys."""
     yield "# Keys of a recipe\n\n`shoal explain KEY` prints the same.\n"
-    for place in [None, *dict(places())]:
-        for section in explanation(place):
-            if "keys" in section:
-                yield from _section(section)
+    for section in (one for place in [None, *dict(places())] for one in explanation(place) if "keys" in one):
+        place = section["key"]
+        yield f"## {place or 'recipe'}\n\n{section['meaning']}\n"
+        own = {key: explanation(f"{place}.{key}" if place else key)[0] for key in section["keys"]}
+        rows = ((key, one["meaning"], one.get("values", ""), one.get("default", "")) for key, one in own.items())
+        yield from (*_table("key | meaning | values | default", rows), "")
     yield "## Settings that exclude each other\n"
     yield from _table("setting | why, and what to set instead", (words.split(": ", 1) for words in NOT_TOGETHER))
     yield "\n## Settings that a recipe file needs permission for\n"
     rows = ((row.place, json.dumps(row.value), "" if row.answer == "refused" else row.can, row.why) for row in ROWS)
     yield from _table("setting | value (null: any) | --allow (empty: always an error) | why, or the remedy", rows)
-
-
-def _section(section: dict[str, Any]) -> Iterator[str]:
-    place = section["key"]
-    yield f"## {place or 'recipe'}\n\n{section['meaning']}\n"
-    own = {key: explanation(f"{place}.{key}" if place else key)[0] for key in section["keys"]}
-    rows = ((key, one["meaning"], one.get("values", ""), one.get("default", "")) for key, one in own.items())
-    yield from (*_table("key | meaning | values | default", rows), "")
 
 
 def metrics_losses() -> Iterator[str]:
@@ -123,8 +114,8 @@ def families() -> Iterator[str]:
     """What tests/system/test_architectures.py found for every family."""
     yield "# Model families\n\n[How this is tested](supported.md#model-families).\n"
     with (ROOT / "docs/reference/families.csv").open(encoding="utf-8") as file:
-        head, *rows = ((row[0], row[1], row[2], row[-1]) for row in csv.reader(file))
-    yield from _table(" | ".join(head), rows)
+        rows = [(row[0], row[1], row[2], row[-1]) for row in csv.reader(file)]
+    yield from _table(" | ".join(rows[0]), rows[1:])
 
 
 def _table(head: str, rows: Iterable[Iterable[str]]) -> Iterator[str]:

@@ -41,7 +41,7 @@ def evaluate(
     Args:
         model: A causal language model, or the name of one, which is loaded.
         tokenizer: Its tokenizer; None = that of the model's name.
-        tasks: Names of docs/evaluating.md, or of any task of lm-eval.
+        tasks: Names of `shoal list tasks`, or of any task of lm-eval.
         limit: Items per task, or {"default": 200, "gsm8k": 100}; None = all.
         role: What figures call the model; teacher, pruned, control and distilled have colours of their own.
         seed: Seed of what lm-eval draws at random.

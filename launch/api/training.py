@@ -77,8 +77,7 @@ def distill(
         UserError: models that do not belong together, unknown settings, nothing to learn, or a loss that is no number.
 
     Example:
-        >>> training = shoal.distill(student, model, texts, tokenizer=tokenizer, num_tokens=2_000, sequence_length=128)
-        >>> training.to_pandas().plot(x="num_tokens", y="loss")
+        >>> shoal.distill(student, model, texts, num_tokens=2_000, sequence_length=128, tokenizer=tokenizer).history
     """
     student, teacher = as_model(student, "student", is_placed=False), as_model(teacher, "teacher", is_placed=False)
     _refuse_swapped(student, teacher)

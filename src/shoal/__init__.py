@@ -1,7 +1,7 @@
 """shoal makes large language models shallower and gets their abilities back.
 
 In Python: measure_importance, choose_layers, cut_model, distill, evaluate, compare, push_to_hub, run and
-DistillationTrainer (docs/api.md).
+DistillationTrainer (docs/tutorials/python.md).
 
 This folder is the ground: what several rooms stand on. compress/, train/ and eval/ at the top of the repository are the
 rooms; launch/ is the roof, which alone knows several of them; lab/ holds what papers need. Nothing imports what stands

@@ -395,7 +395,7 @@ def test_recorded_signals_give_the_curves_of_the_live_teacher(live, teacher, cut
     names = [name for name in NAMES if name not in ("adaptive_kl", "taid", "dkd")]
     assert recorded.training.settings["shared_layers"] == live.training.settings["shared_layers"] == 2
     for name in names:
-        # 0.0008 (KL + sqrt(2 KL)) by docs/training/signals.md, here at temperature 2, and bfloat16 states
+        # 0.0008 (KL + sqrt(2 KL)) of 16 bits, here at temperature 2, and bfloat16 states
         assert recorded.curve(name) == pytest.approx(live.curve(name), rel=4e-3, abs=4e-3), name
         assert recorded.curve(name) != live.curve(name) or name == "cross_entropy"
 

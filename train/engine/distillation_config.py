@@ -17,7 +17,7 @@ from shoal.recipe.trainer_arguments import DEFAULTS
 
 Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
 """One loss term or several, each as its kind (`"forward_kl"`), as a mapping (`{"kind": "jsd", "beta": 0.1}`) or as a
-dataclass of shoal.recipe.losses; docs/training/losses.md has all kinds."""
+dataclass of shoal.recipe.losses; `shoal list losses` prints all kinds."""
 SAME_AS_IN_RECIPE = ("sequence_length", "packing", "on_policy", "stop_on_spike")
 """Keys of the recipe's section `distill` that mean the same here, with the same defaults."""
 

@@ -1,7 +1,7 @@
 """What fits, what is refused before it starts, and what to change where memory runs out all the same.
 
-Figures of memory and disk come from configurations alone. They err by a tenth (docs/scaling.md), so there are three
-verdicts: it fits with that margin, it is close, and it cannot fit; only the last is refused.
+Figures of memory and disk come from configurations alone. They err by a tenth (docs/explanation/resources.md),
+so there are three verdicts: it fits with that margin, it is close, and it cannot fit; only the last is refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much memory training will take, from configurations alone. B rows, S sequence, D hidden, V vocabulary.
 
 What models take and autograd keeps is counted in sizes.py. What DeepSpeed keeps is a formula per ZeRO stage, read from
-its sources (0.19) and checked against runs: docs/scaling.md.
+its sources (0.19) and checked against runs: docs/explanation/resources.md.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Job:
 
     @property
     def memory(self) -> Memory:
-        """Bytes that the setting takes; docs/scaling.md has every formula in words."""
+        """Bytes that the setting takes; docs/explanation/resources.md has every formula in words."""
         spec, student, teacher, setting = self.spec, self.student, self.teacher, self.setting
         weights, optimizer, gradients, step = _states(self)
         activations, one_layer = _activations(self)

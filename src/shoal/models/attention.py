@@ -33,7 +33,7 @@ from shoal.ranks import local_rank
 
 DENSE = 1.8
 """Times that a training step with masks takes against one with flash kernels: computed for 8 billion weights and rows
-of 4,096 tokens (docs/scaling.md), not measured."""
+of 4,096 tokens (docs/explanation/resources.md), not measured."""
 HALVES = ("bfloat16", "float16")
 """Precisions that flash kernels compute in."""
 AMPERE, HOPPER = 8, 9
