@@ -176,7 +176,7 @@ def read_write_figure(parts: ReadWrite) -> Figure:
         for ax, (writing, reading) in zip(axes[len(parts.columns) :], hidden, strict=True):
             _draw_parts(ax, {"hidden reading": reading.gaps, "hidden writing": writing.gaps}, layers)
             names = f"{fitting(writing.likelihood)} − {fitting(writing.generation)}"
-            ax.set_title(f"Share kept, likelihood less generation\n{names} (n = {writing.n})", fontsize=9)
+            ax.set_title(f"Share kept, likelihood minus generation\n{names} (n = {writing.n})", fontsize=9)
         for ax in axes:
             ax.axhline(0, color=INK, lw=1)
             ax.grid(axis="y")
