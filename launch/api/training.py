@@ -37,7 +37,7 @@ from shoal.train.student.lora import remove_adapters
 from .settings import DistillSettings
 
 
-class HealSettings(DistillSettings, total=False):
+class DistillArguments(DistillSettings, total=False):
     """Those of the section, and what only models in memory have."""
 
     drop: Drop | None
@@ -53,7 +53,7 @@ def distill(
     losses: Losses = "forward_kl",
     trainable: Trainable = "all",
     seed: int = 0,
-    **settings: Unpack[HealSettings],
+    **settings: Unpack[DistillArguments],
 ) -> Training:
     """How ``student``, trained in place to match ``teacher``, was trained; its `model` is the student itself.
 

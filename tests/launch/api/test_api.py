@@ -36,7 +36,7 @@ from shoal.eval.report.run import read_run
 from shoal.launch.api import running
 from shoal.launch.api.evaluating import Comparison
 from shoal.launch.api.running import Run
-from shoal.launch.api.training import HealSettings
+from shoal.launch.api.training import DistillArguments
 from shoal.launch.verbs.evaluate import evaluate as eval_stage
 from shoal.launch.verbs.launch import LaunchEnded
 from shoal.launch.verbs.measure import measure as measure_stage
@@ -344,7 +344,7 @@ def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> N
     """Every key of the section is taken, or refused: none is read and forgotten."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     named = {"losses", "trainable", "teacher", "data"}
-    useless = {field.name for field in fields(Distill)} - {*HealSettings.__annotations__, *named}
+    useless = {field.name for field in fields(Distill)} - {*DistillArguments.__annotations__, *named}
     assert {"deepspeed", "watch"} < useless
     heal: Any = shoal.distill
     for key in useless:

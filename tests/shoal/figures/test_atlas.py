@@ -87,7 +87,7 @@ def test_every_column_has_a_panel_with_its_intervals_and_every_gap_one() -> None
     assert titles[1] == "retrieval/continuation: share kept (n = 80)"
     assert titles[4] == "language/rolling: nats per token added (n = 80)"
     assert titles[5].startswith("Protocol gap, share kept: mean −0.04 [−0.07, −0.02]\n")
-    assert titles[6] == "Depth centroid of what is lost"
+    assert titles[6] == "Depth centroid of the lost score"
     atlas = swept().atlas
     assert atlas is not None
     draw_column(figure.axes[-1], replace(atlas.columns[0], n=49), "few", "C0", (), range(6))
