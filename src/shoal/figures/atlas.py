@@ -186,7 +186,7 @@ def _draw_centroids(ax: Axes, atlas: Atlas) -> None:
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x")
-    ax.set_title("Depth centroid of what is lost")
+    ax.set_title("Depth centroid of the lost score")
     ax.set_xlabel("0 = first layer, 1 = last")
 
 
