@@ -57,7 +57,7 @@ def choice(role: str, name: str, ability: str, protocol: str, **changes: Any) ->
     luck = random.Random(name)
     right = [luck.random() < reached for _ in range(n)]
     items = tuple(
-        ItemScore(f"{name}-{i}", float(ok), "the gold answer" if ok else f"{role} said so", "the gold answer")
+        ItemScore(f"{name}-{i}", float(ok), "the gold answer" if ok else f"{role} answered so", "the gold answer")
         for i, ok in enumerate(right)
     )
     score = sum(right) / n
@@ -245,7 +245,7 @@ def counted(role: str, name: str, ability: str, protocol: str, chance: float, n:
         ItemScore(
             f"{name}-{i}",
             float(order[i] < right),
-            "the gold answer" if order[i] < right else f"{role} said so",
+            "the gold answer" if order[i] < right else f"{role} answered so",
             "the gold answer",
             rates={} if looping is None else _rates(i < looping * n),
             question=f"What is number {i} of {n}?",

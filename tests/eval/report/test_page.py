@@ -25,9 +25,13 @@ from shoal.eval.report.report import write_report
 from shoal.eval.report.run import read_run
 from shoal.formatting import layers_text, signed
 from shoal.stats.paired import paired
+from shoal.yaml_text import read_yaml
 
 CASES = cases(__file__)
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>'--><style>*{display:none}</style>\x00\u202e"
+
+
+PRIVATE = read_yaml((Path(__file__).parents[2] / "support/private_words.yaml").read_text(encoding="utf-8"))
 
 
 def planted(text: str) -> tuple[TaskScore, TaskScore]:
@@ -184,3 +188,9 @@ def test_a_cell_of_the_page_has_its_figure_on_a_line_of_its_own() -> None:
 def test_wording_of_numbers_and_layers() -> None:
     assert layers_text((3, 13, 14, 20, 21, 22)) == "3, 13, 14, 20 to 22"
     assert [signed(value, 1) for value in (0.04, -0.04, 1.26, -1.26)] == ["0.0", "0.0", "+1.3", "−1.3"]
+
+
+@pytest.mark.parametrize("name", ["report", "quickstart"])
+def test_no_report_has_a_private_word(name: str, request: pytest.FixtureRequest) -> None:
+    text = re.sub(r"(?ms)^```.*?^```|`[^`]*`|\]\([^)]*\)", " ", request.getfixturevalue(name)[1])
+    assert not {word: plain for word, plain in PRIVATE.items() if re.search(word, text, re.IGNORECASE)}

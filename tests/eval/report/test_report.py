@@ -64,7 +64,7 @@ def test_flips_show_both_texts_and_their_counts(report: tuple[Page, str, Path]) 
     assert f"retrieval, option text: {won} items recovered by distillation" in page.words
     assert "retrieval\\_continuation" not in markdown  # inside a word it is no markup
     assert f"retrieval, option text: {won} items recovered by distillation, {MOST_FLIPS} shown" in markdown
-    assert "pruned said so" in page.words
+    assert "pruned answered so" in page.words
     assert len(page.all("details")) > 3
 
 
