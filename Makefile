@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart check test prove lint size types fast-tests format docs notebooks wheel release bench gpu
+.PHONY: quickstart check test prove lint size types fast-tests format docs notebooks wheel bench gpu
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run configs/quickstart.yaml
@@ -49,18 +49,16 @@ docs: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(BIN)/pip install -qq 'nbconvert>=7' 'ipykernel>=7'
 	rm -rf build/notebooks && mkdir -p build/notebooks && cp docs/*.ipynb build/notebooks
-	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False build/notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --inplace --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_all_outputs_tags=log build/notebooks/*.ipynb
 	cp build/notebooks/*.ipynb docs
 
 wheel: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
-
-# what is uploaded to an index: README's links have to lead to the repository that [project.urls] names
-release: wheel
-	! tar -xzOf dist/shoal-*.tar.gz --wildcards 'shoal-*/PKG-INFO' | grep -nE '\]\([^):]+\)'
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu runs/steps --device cpu --budget 3600
