@@ -242,7 +242,7 @@ def test_a_row_that_is_not_as_expected_is_refused(row: dict[str, Any], message: 
 
 
 def test_what_the_hub_lacks_needs_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"eval.data_dir: '.*nowhere' is no folder"):
+    with pytest.raises(UserError, match=r"eval.data_dir: '.*nowhere' is not a folder"):
         load("arc_easy_continuation", tmp_path / "nowhere")
     with pytest.raises(
         UserError, match=r"eval.data_dir: '.*' lacks files; .*arc_easy/test.jsonl .* or remove their tasks"
