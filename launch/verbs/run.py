@@ -65,6 +65,8 @@ LOCK_WAIT_S = 30
 SHARES = 10
 """Steps in which a recipe's sizes follow the machine: two are the smallest share, with less there would be nothing
 to see, and a time that is worked out again comes to the same."""
+ITEMS = 60
+"""Items of a task that max_minutes leaves, if the recipe asks for as many."""
 
 
 @dataclass(frozen=True)
@@ -220,17 +222,21 @@ def _text(recipe: Recipe, begun: dict[str, Any]) -> DefaultText:
 
 
 def scaled(recipe: Recipe, share: float) -> Recipe:
-    """``recipe`` with fewer tokens and items: ``share`` of what it says of each, rounded up."""
+    """``recipe`` with ``share`` of its tokens and of the items of each task, rounded up. Of items at least ITEMS stay,
+    since a task of fewer shows no change that is worth a table's row."""
 
     def fewer(count: int) -> int:
         return math.ceil(share * count)
 
+    def fewer_items(count: int) -> int:
+        return max(fewer(count), min(ITEMS, count))
+
     measure, distill, scores, watch = recipe.measure, recipe.distill, recipe.eval, recipe.distill.watch
     watch = watch and replace(watch, perplexity_tokens=fewer(watch.perplexity_tokens))
     if isinstance(limit := scores.limit, dict):
-        limit = {task: number and fewer(number) for task, number in limit.items()}
+        limit = {task: number and fewer_items(number) for task, number in limit.items()}
     elif limit:
-        limit = fewer(limit)
+        limit = fewer_items(limit)
     return replace(
         recipe,
         measure=replace(measure, num_tokens=fewer(measure.num_tokens)),
@@ -248,19 +254,25 @@ def _size(run: Run, max_minutes: float, begun: dict[str, Any]) -> tuple[float, s
 
     from .pace import run_seconds
 
+    limit, least = 60 * max_minutes, 2 / SHARES
     try:
         with doing("estimating how long the run takes"):
-            own = run_seconds(run)
-        seconds = agreed(lambda: own)
+            own = [run_seconds(run)]
+            own.append(run_seconds(Run(scaled(run.recipe, least))) if own[0] > limit else 0.0)
+        seconds, fewest = agreed(lambda: own)
     except NotEstimated as error:
         return 1.0, f"max_minutes has no effect: {error}"
-    share = min(SHARES, max(2, round(SHARES * 60 * max_minutes / seconds))) / SHARES
-    reason = (
-        f"{share:.0%} of this recipe's tokens and items, for about {duration_text(share * seconds)}: all would take "
-        f"{duration_text(seconds)} on {device_name(device())}, and max_minutes is {max_minutes:g}; max_minutes=null "
-        "uses all"
+    if seconds <= 1.05 * limit:
+        return 1.0, ""
+    # a line between both ends lies above the time, which stops falling with the items
+    share = least + (1 - least) * max(0.0, (limit - fewest) / (seconds - fewest))
+    share = math.floor(SHARES * share + 1e-9) / SHARES
+    taken = fewest + (seconds - fewest) * (share - least) / (1 - least)
+    return share, (
+        f"{share:.0%} of this recipe's tokens and at least {ITEMS} items of each task, which take about "
+        f"{duration_text(taken)}: the whole recipe would take {duration_text(seconds)} on {device_name(device())}, and "
+        f"max_minutes is {max_minutes:g}; max_minutes=null runs the whole recipe"
     )
-    return share, reason if share < 1 else ""
 
 
 def _numerics(recipe: Recipe, *, computes: bool) -> Numerics:
