@@ -22,17 +22,8 @@ from shoal.compress.sweeps.columns import layer_scores
 from shoal.compress.sweeps.table import Measured
 from shoal.compress.variants.variants import Edited
 from shoal.errors import UserError
+from shoal.figures import style
 from shoal.figures.atlas import band, curves_figure, fitting
-from shoal.figures.style import (
-    FAINT,
-    INK,
-    SERIES_COLOURS,
-    SERIES_STYLE,
-    WIDTH_INCHES,
-    figure_style,
-    panels,
-    save_figure,
-)
 from shoal.launch.verbs.measure import importance_of, sweep_inputs, sweep_tables
 from shoal.launch.verbs.run import Run, resolved
 from shoal.models.checkpoint_files import model_fingerprint
@@ -148,7 +139,7 @@ def work(run: Run, settings: Settings) -> str:
 
     result = made(run, SweptTables, sweeps_identity(run, settings, donor_content=donor), swept)
     for name, table in result.tables.items():
-        save_figure(sweep_figure(table), run.dir / FOLDER / f"sweep_{name}.svg")
+        style.save_figure(sweep_figure(table), run.dir / FOLDER / f"sweep_{name}.svg")
     return told(run, result)
 
 
@@ -176,10 +167,10 @@ def head_map_figure(sweep: Sweep) -> Figure:
     """Layer by head (or key-value group), one map per column: how much worse the score is without each."""
     layers = 1 + max(component.layers[0] for component in sweep.units)
     places = 1 + max(component.index or 0 for component in sweep.units)
-    width = max(WIDTH_INCHES, 1.6 + 0.3 * places)
-    figure, axes = panels([1.0 + 0.17 * layers] * len(sweep.columns), width=width)
+    width = max(style.WIDTH_INCHES, 1.6 + 0.3 * places)
+    figure, axes = style.panels([1.0 + 0.17 * layers] * len(sweep.columns), width=width)
     corners = [(component.layers[0], component.index or 0) for component in sweep.units]
-    with figure_style():
+    with style.figure_style():
         for ax, column in zip(axes, sweep.columns, strict=True):
             grid = [[math.nan] * places for _ in range(layers)]
             for (layer, place), score in zip(corners, column.importances, strict=True):
@@ -195,15 +186,15 @@ def head_map_figure(sweep: Sweep) -> Figure:
 
 def cumulative_figure(sweep: Sweep) -> Figure:
     """Every column's score as ever more layers go, with its interval, the intact score and chance."""
-    figure, axes = panels([1.7] * len(sweep.columns))
+    figure, axes = style.panels([1.7] * len(sweep.columns))
     gone = [len(component.layers) for component in sweep.units]
-    with figure_style():
+    with style.figure_style():
         for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
             scores = [column.baseline, *(effect.score for effect in column.effects)]
-            band(ax, [0, *gone], scores, SERIES_COLOURS[index % 5], SERIES_STYLE[index % 5])
-            ax.axhline(column.baseline.value, color=FAINT, lw=1)
+            band(ax, [0, *gone], scores, style.SERIES_COLOURS[index % 5], style.SERIES_STYLE[index % 5])
+            ax.axhline(column.baseline.value, color=style.FAINT, lw=1)
             if column.higher_is_better:
-                ax.axhline(column.chance, color=INK, lw=1, ls=(0, (3, 2)))
+                ax.axhline(column.chance, color=style.INK, lw=1, ls=(0, (3, 2)))
                 ax.text(
                     1, column.chance, "chance", transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=9
                 )

@@ -16,19 +16,9 @@ from shoal.formatting import bytes_text, count_text, listed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
 from ..harness.rates import CALIBRATION_ERROR
+from ..report import wording
 from ..report.findings import FEW_CHANGED_MEAN, FEW_ITEMS_MEAN, SIGNAL_SIGMAS, Row, is_share, task_result
 from ..report.page import DASH, Picture, Table, render
-from ..report.wording import (
-    calibration_text,
-    difference_text,
-    kept_text,
-    limits_text,
-    p_text,
-    points_text,
-    score_text,
-    score_words,
-    tasks_text,
-)
 from .comparable import dtype_of
 from .compare import COMPARED, Cell, Model, RunComparison, same_models
 from .figure import draw, pareto_panels
@@ -180,7 +170,7 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
 def _told(cells: Sequence[Cell]) -> str:
     """`better on ...; no clear difference on 2 of 3 tasks`; empty where nothing is compared."""
     by_verdict = {verdict: [cell.score for cell in cells if cell.verdict == verdict] for verdict in ("better", "worse")}
-    parts = [f"{verdict} on {tasks_text(some)}" for verdict, some in by_verdict.items() if some]
+    parts = [f"{verdict} on {wording.tasks_text(some)}" for verdict, some in by_verdict.items() if some]
     if unclear := sum(cell.verdict == "unclear" for cell in cells):
         parts.append(f"no clear difference on {unclear} of {len(cells)} {'task' if len(cells) == 1 else 'tasks'}")
     return "; ".join(parts)
@@ -193,7 +183,7 @@ def _first(comparison: RunComparison) -> Iterator[str]:
     if ranked and ranked[0].mean:
         of_several = "the mean of " if len(groups.that_rank) > 1 else ""
         best = [standing for standing in ranked if standing.mean and standing.mean.value == ranked[0].mean.value]
-        shown = f"{kept_text(ranked[0].mean)} in {of_several}{_inside(groups.that_rank)}."
+        shown = f"{wording.kept_text(ranked[0].mean)} in {of_several}{_inside(groups.that_rank)}."
         most = "reaches the most of the" if ranked[0].model.role == MODEL else "keeps the most of its"
         if len(best) > 1:
             yield f"No model is first: {listed([_model_name(standing.model) for standing in best])} have {shown}"
@@ -228,11 +218,11 @@ def _standing_table(comparison: RunComparison, ranked: Sequence[Standing], group
     """What every model keeps by column."""
     columns = {"Model": [_model_name(standing.model) for standing in ranked]}
     if len(groups.that_rank) > 1:
-        columns["Mean"] = [kept_text(standing.mean) for standing in ranked]
+        columns["Mean"] = [wording.kept_text(standing.mean) for standing in ranked]
     if any(standing.against for standing in ranked):
         against = [_change_text(standing.against) for standing in ranked]
         columns[f"Against {comparison.contenders[0].letter}"] = against
-    columns |= {title: [kept_text(standing.kept[title]) for standing in ranked] for title in groups.tasks}
+    columns |= {title: [wording.kept_text(standing.kept[title]) for standing in ranked] for title in groups.tasks}
     if any(standing.form for standing in ranked):
         columns["Wording gap"] = [_change_text(standing.form) for standing in ranked]
     rows = tuple(zip(*columns.values(), strict=True))
@@ -255,7 +245,7 @@ def _inside(titles: Sequence[str]) -> str:
 
 
 def _change_text(change: Interval | None) -> str:
-    return DASH if change is None else points_text(astuple(change))
+    return DASH if change is None else wording.points_text(astuple(change))
 
 
 def _cost_row(model: Model) -> tuple[str, ...]:
@@ -280,18 +270,20 @@ def _task_table(comparison: RunComparison, index: int) -> Table:
     columns = ("Model", "Score", "Kept", f"Against {first.letter}", "p (Holm)", "Would show from")
     rows = [_task_row(comparison, model, index) for model in comparison.models]
     if any(model.cells[index].score.rates.get(CALIBRATION_ERROR) is not None for model in comparison.models):
-        errors = [calibration_text(model.cells[index].score) for model in comparison.models]
+        errors = [wording.calibration_text(model.cells[index].score) for model in comparison.models]
         columns, rows = (*columns, "Calibration error"), [(*row, own) for row, own in zip(rows, errors, strict=True)]
     direction = "" if task.higher_is_better else ", lower is better"
     about = f"version {task.version}, {task.num_fewshot} shots"
-    asked = ", ".join(filter(None, (f"{task.metric}{direction}", f"{task.n:,} items", limits_text(task), about)))
-    caption = f"{', '.join(score_words(task))}: {asked}"
+    asked = ", ".join(
+        filter(None, (f"{task.metric}{direction}", f"{task.n:,} items", wording.limits_text(task), about))
+    )
+    caption = f"{', '.join(wording.score_words(task))}: {asked}"
     return Table(caption, columns, tuple(rows), folded=len(comparison.tasks) > 12)
 
 
 def _task_row(comparison: RunComparison, model: Model, index: int) -> tuple[str, ...]:
     cell = model.cells[index]
-    row = (_model_name(model), score_text(cell.score), kept_text(cell.kept))
+    row = (_model_name(model), wording.score_text(cell.score), wording.kept_text(cell.kept))
     if cell.difference is None:
         return (*row, _no_difference(comparison, model), DASH, DASH)
     first = next(
@@ -299,8 +291,8 @@ def _task_row(comparison: RunComparison, model: Model, index: int) -> tuple[str,
         for other in comparison.models
         if other.role == model.rival and other.contender.letter == comparison.contenders[0].letter
     )
-    change = difference_text(cell.difference, cell.score)
-    return (*row, change, p_text(cell.adjusted_p), _least_text(first.cells[index].score, cell.score))
+    change = wording.difference_text(cell.difference, cell.score)
+    return (*row, change, wording.p_text(cell.adjusted_p), _least_text(first.cells[index].score, cell.score))
 
 
 def _least_text(before: TaskScore, after: TaskScore) -> str:
@@ -325,9 +317,9 @@ def _known(comparison: RunComparison) -> list[str]:
         letters = listed(model.contender.letter for model in group)
         lines.append(f"The {group[0].role} models of {letters} have equal weights.")
     if few := [task for task in comparison.tasks if task.n < FEW_ITEMS]:
-        lines.append(f"Too few items: fewer than {FEW_ITEMS}, so {FEW_ITEMS_MEAN}: {tasks_text(few)}.")
+        lines.append(f"Too few items: fewer than {FEW_ITEMS}, so {FEW_ITEMS_MEAN}: {wording.tasks_text(few)}.")
     if silent := [task for task in comparison.tasks if task.task in comparison.silent]:
-        asked = tasks_text(silent)
+        asked = wording.tasks_text(silent)
         lines.append(f"No signal on {asked}: the teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance.")
     if any(cell.difference and cell.difference.few_changed for model in comparison.models for cell in model.cells):
         lines.append(FEW_CHANGED_MEAN)

@@ -17,24 +17,11 @@ from shoal.stats.paired import SIGNIFICANT
 from shoal.task_words import OUTSIDE
 
 from ..tasks.names import described_tasks, task_folders
+from . import wording
 from .costs import speed_ratio
 from .findings import Comparison, Row, is_share
 from .page import headings
 from .run import Run
-from .wording import (
-    LIKELY,
-    MAX_NAMES,
-    by_column,
-    change_text,
-    column_words,
-    glance_text,
-    glance_unit,
-    identifier_text,
-    kept_text,
-    named_or_counted,
-    points_text,
-    task_name,
-)
 
 CHANGES = {
     ("teacher", "pruned"): "Lost by pruning",
@@ -99,9 +86,9 @@ def _lost(shares: Shares) -> str:
     if (kept := shares.kept.get("pruned")) is None:
         return ""
     least = min(shares.rows, key=lambda row: row.retained["pruned"].value or 0.0)
-    told = f", least on {task_name(least)} ({kept_text(least.retained['pruned'])})"
+    told = f", least on {wording.task_name(least)} ({wording.kept_text(least.retained['pruned'])})"
     return (
-        f"Before training, the pruned model keeps {kept_text(kept)} of the teacher's score above chance "
+        f"Before training, the pruned model keeps {wording.kept_text(kept)} of the teacher's score above chance "
         f"({_tasks(shares)}){told if len(shares.rows) > 1 else ''}."
     )
 
@@ -110,10 +97,10 @@ def _came_back(shares: Shares) -> str:
     if (kept := shares.kept.get("distilled")) is None:
         return ""
     change = shares.changes.get(("pruned", "distilled"))
-    gain = f": {points_text((change.value, change.ci_low, change.ci_high), 0)}" if change else ""
+    gain = f": {wording.points_text((change.value, change.ci_low, change.ci_high), 0)}" if change else ""
     if change is not None and change.ci_low <= 0:
         return f"Distillation does not clearly recover anything{gain}."
-    told = "scores above the teacher" if kept.value > 1 else f"keeps {kept_text(kept)}"
+    told = "scores above the teacher" if kept.value > 1 else f"keeps {wording.kept_text(kept)}"
     return f"After training, the distilled model {told}{gain}."
 
 
@@ -122,7 +109,7 @@ def _still_lost(shares: Shares) -> str:
         return ""
     if (change := shares.changes.get(("distilled", "control"))) is None:
         return "No control was trained (eval.control), so this may include what the text teaches any model."
-    told = points_text((change.value, change.ci_low, change.ci_high), 0)
+    told = wording.points_text((change.value, change.ci_low, change.ci_high), 0)
     if change.ci_low > 0:
         return f"Still lost: the control (the teacher after the same training) is {told} ahead."
     return f"The control (the teacher after the same training) is not clearly ahead: {told}."
@@ -145,7 +132,7 @@ def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
     worse = [row for row in watched if row.verdict("teacher", role) == "worse"]
     lost = shares.changes.get(("distilled", "control"))
     if worse:
-        why = f"clearly worse than the teacher on {named_or_counted(worse)}"
+        why = f"clearly worse than the teacher on {wording.named_or_counted(worse)}"
     elif lost and lost.ci_low > 1 - KEPT:
         why = "the control has clearly more"
     elif kept.ci_high < KEPT:
@@ -177,12 +164,12 @@ def board(run: Run, comparison: Comparison) -> dict[str, Any] | None:
     rows = [row for row in comparison.rows if row.has_signal and len(row.scores) > 1]
     if not pairs or not rows:
         return None
-    shown = {column: _shown(column, own) for column, own in by_column(rows).items()}
-    groups = [(heading(column_words(column)), len(own)) for column, own in shown.items()]
+    shown = {column: _shown(column, own) for column, own in wording.by_column(rows).items()}
+    groups = [(heading(wording.column_words(column)), len(own)) for column, own in shown.items()]
     lines = [_board_line(row, roles, pairs) for own in shown.values() for row in own]
     return {
         "caption": "What was lost and what was recovered" if "distilled" in roles else "What was lost",
-        "note": NOTE if any(LIKELY in change for line in lines for change in line["changes"]) else "",
+        "note": NOTE if any(wording.LIKELY in change for line in lines for change in line["changes"]) else "",
         "roles": roles,
         "changes": [CHANGES[pair] for pair in pairs],
         "lines": lines,
@@ -194,11 +181,11 @@ def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]
     """One ability under one protocol; places are drawn of scores that are shares."""
     first = row.any_score
     return {
-        "task": task_name(row),
-        "unit": glance_unit(first),
-        "identifier": identifier_text(first),
-        "scores": [glance_text(row.scores.get(role)) for role in roles],
-        "changes": [change_text(row, *pair) for pair in pairs],
+        "task": wording.task_name(row),
+        "unit": wording.glance_unit(first),
+        "identifier": wording.identifier_text(first),
+        "scores": [wording.glance_text(row.scores.get(role)) for role in roles],
+        "changes": [wording.change_text(row, *pair) for pair in pairs],
         "places": {role: score for role, score in row.scores.items() if role in roles and is_share(first)},
         "chance": first.chance,
     }
@@ -267,13 +254,13 @@ def _cut(run: Run) -> str:
 
 def _nothing_outside(rows: Sequence[Row]) -> str:
     """What is missing from a run that asks in the trained wording alone, and which tasks would show it."""
-    columns = by_column(row for row in rows if row.has_signal and len(row.scores) > 1)
+    columns = wording.by_column(row for row in rows if row.has_signal and len(row.scores) > 1)
     if "in" not in columns or columns.keys() & {"reworded", "out", "public"}:
         return ""
     evaluated = {row.any_score.task for row in rows}
     described, _ = described_tasks(task_folders(None))
     reworded = [name for name, (data, protocol) in described.items() if data.reworded_under(protocol) in evaluated]
-    would = listed([*(reworded[:MAX_NAMES] or ["these tasks reworded"]), "public benchmarks"])
+    would = listed([*(reworded[: wording.MAX_NAMES] or ["these tasks reworded"]), "public benchmarks"])
     return (
         "Not enough data: all tasks use the trained wording, so the model may have learnt that wording alone; add "
         f"{would}."

@@ -16,25 +16,13 @@ from shoal.figures.training import loss_series, training_figure
 from shoal.formatting import listed
 from shoal.stats.paired import SIGNIFICANT
 
+from . import tables
 from .cautions import cautions, disjointness
 from .costs import costs_table, importance_table, size_table, sources_table, speed_table
 from .findings import FEW_CHANGED_MEAN, SIGNAL_SIGMAS, Comparison, compare, results, with_comparable_scores
 from .headline import board, facts, headline
 from .page import Picture, picture, render
 from .run import Run, read_run
-from .tables import (
-    calibration_table,
-    difference_tables,
-    flips,
-    form_table,
-    gap_table,
-    identifier_table,
-    level_tables,
-    reach,
-    score_table,
-    silent_table,
-    written_table,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,30 +63,30 @@ def contents(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) 
         "board": board(run, comparison),
         "facts": facts(run),
         "cautions": cautions(run, comparison),
-        "forms": form_table(comparison),
-        "scores": score_table(run, rows),
-        "differences": difference_tables(rows),
+        "forms": tables.form_table(comparison),
+        "scores": tables.score_table(run, rows),
+        "differences": tables.difference_tables(rows),
         "tests": listed(TESTS[test] for test in sorted(tests)),
         "significant": f"{SIGNIFICANT:g}",
         "few_changed": FEW_CHANGED_MEAN if any(c.few_changed for row in rows for c in row.differences.values()) else "",
         "above": any(row.verdict("teacher", "distilled") == "better" for row in rows),
         "most_drawn": MAX_TASKS,
         "drawn_tasks": len({task.key for own in _outside(families, comparable) for task in own.tasks}),
-        "levels": level_tables(families),
-        "reach": [reach(own) for own in families if next(iter(own.scores.values()))[0].higher_is_better],
-        "silent": silent_table(comparison),
+        "levels": tables.level_tables(families),
+        "reach": [tables.reach(own) for own in families if next(iter(own.scores.values()))[0].higher_is_better],
+        "silent": tables.silent_table(comparison),
         "sigmas": f"{SIGNAL_SIGMAS:.0f}",
-        "gaps": gap_table(rows),
-        "written": written_table(rows),
-        "sure": calibration_table(rows),
+        "gaps": tables.gap_table(rows),
+        "written": tables.written_table(rows),
+        "sure": tables.calibration_table(rows),
         "importance": run.importance and importance_table(run.importance, run.plan.drop if run.plan else ()),
         "sources": run.training and sources_table(run.training),
         "apart": disjointness(run),
-        "flips": flips(comparison),
+        "flips": tables.flips(comparison),
         "size": size_table(run),
         "speed": run.speed and speed_table(run.speed),
         "costs": costs_table(run),
-        "identifiers": identifier_table(run),
+        "identifiers": tables.identifier_table(run),
         "made": {
             name: {"made": made.created, "fingerprint": made.fingerprint, **made.environment}
             for name, made in ((name, artifact.provenance) for name, artifact in run.results.items())

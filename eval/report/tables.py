@@ -14,26 +14,10 @@ from shoal.stats.paired import z_above_chance
 from shoal.task_words import PROTOCOLS
 
 from ..harness.rates import CALIBRATION_ERROR, OVERCONFIDENCE
+from . import wording
 from .findings import SIGNAL_SIGMAS, Comparison, Row, Writing, flipped, is_share, protocol_gaps, shares_items, writing
 from .page import DASH, Table
 from .run import Run
-from .wording import (
-    by_column,
-    calibration_text,
-    chance_text,
-    column_words,
-    difference_text,
-    identifier_text,
-    kept_text,
-    limits_text,
-    p_text,
-    points_text,
-    score_text,
-    score_words,
-    task_name,
-    unclear_text,
-    unit_text,
-)
 
 RATES = {
     "malformed": "Without a readable answer",
@@ -86,23 +70,23 @@ def score_table(run: Run, rows: Sequence[Row]) -> Table:
     told_apart = any(row.column for row in rows)
     groups: dict[str, list[Row]] = {}
     for ability in dict.fromkeys(row.ability for row in rows):
-        for column, own in by_column(row for row in rows if row.ability == ability).items():
-            groups[f"{heading(ability)}, {column_words(column)}" if told_apart else heading(ability)] = own
+        for column, own in wording.by_column(row for row in rows if row.ability == ability).items():
+            groups[f"{heading(ability)}, {wording.column_words(column)}" if told_apart else heading(ability)] = own
     shown = [row for group in groups.values() for row in group]
     body = []
     for row in shown:
         first = row.any_score
-        cells = [score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
-        cells.append(", ".join(filter(None, (f"{first.n:,}", limits_text(first)))))
-        cells += [kept_text(row.retained.get(role)) for role in kept]
-        body.append((task_name(row) + unit_text(first), *cells))
+        cells = [wording.score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
+        cells.append(", ".join(filter(None, (f"{first.n:,}", wording.limits_text(first)))))
+        cells += [wording.kept_text(row.retained.get(role)) for role in kept]
+        body.append((wording.task_name(row) + wording.unit_text(first), *cells))
     titles = [*(role.capitalize() for role in roles), "Items", *(f"Kept, {role}" for role in kept)]
     return Table(
         "Scores with 95 % intervals, and the share kept of the teacher's score above chance",
         ("Task", *titles),
         tuple(body),
         groups=tuple((text, len(group)) for text, group in groups.items()),
-        row_titles=tuple(identifier_text(row.any_score) for row in shown),
+        row_titles=tuple(wording.identifier_text(row.any_score) for row in shown),
     )
 
 
@@ -116,12 +100,12 @@ def _difference_table(rows: Sequence[Row], before: str, after: str) -> Table:
     body = []
     for row in shown:
         change = row.differences[before, after]
-        told = VERDICT_WORDS.get(row.verdict(before, after) or "", f"○ {unclear_text(change)}")
-        cells = [task_name(row), difference_text(change, row.any_score), told]
-        cells += [p_text(change.p_value), p_text(row.adjusted_p.get((before, after)))]
+        told = VERDICT_WORDS.get(row.verdict(before, after) or "", f"○ {wording.unclear_text(change)}")
+        cells = [wording.task_name(row), wording.difference_text(change, row.any_score), told]
+        cells += [wording.p_text(change.p_value), wording.p_text(row.adjusted_p.get((before, after)))]
         body.append((*cells, f"{change.won} / {change.lost}"))
     columns = ("Task", "Difference", "Verdict", "p", "p (Holm)", "Items won / lost")
-    titles = tuple(identifier_text(row.any_score) for row in shown)
+    titles = tuple(wording.identifier_text(row.any_score) for row in shown)
     return Table(DIFFERENCES[before, after], columns, tuple(body), frozenset({0, 2}), row_titles=titles)
 
 
@@ -137,11 +121,13 @@ def form_table(comparison: Comparison) -> Table | None:
         asked = own[row.any_score.reworded_of]
         cells = [_form_text(asked, row, role) for role in roles]
         if row.form and "distilled" in roles:
-            cells.append(difference_text(row.form.growth.get("distilled"), row.any_score, glance=True))
-        body.append((task_name(asked) + unit_text(asked.any_score), *cells))
+            cells.append(wording.difference_text(row.form.growth.get("distilled"), row.any_score, glance=True))
+        body.append((wording.task_name(asked) + wording.unit_text(asked.any_score), *cells))
     columns = ("Task", *(role.capitalize() for role in roles), *(["Distilled − teacher"] * ("distilled" in roles)))
     caption = "Wording gap, with the score in the trained wording and the score when reworded"
-    return Table(caption, columns, tuple(body), row_titles=tuple(identifier_text(row.any_score) for row in reworded))
+    return Table(
+        caption, columns, tuple(body), row_titles=tuple(wording.identifier_text(row.any_score) for row in reworded)
+    )
 
 
 def _form_text(own: Row, reworded: Row, role: str) -> str:
@@ -151,17 +137,17 @@ def _form_text(own: Row, reworded: Row, role: str) -> str:
         return DASH
     scores = [row.scores[role] for row in (own, reworded)]
     told = " − ".join(f"{100 * s.score:.0f} %" if is_share(s) else f"{s.score:.2f}" for s in scores)
-    return f"{difference_text(gap, reworded.any_score, glance=True)}, {told}"
+    return f"{wording.difference_text(gap, reworded.any_score, glance=True)}, {told}"
 
 
 def silent_table(comparison: Comparison) -> Table | None:
     """Tasks that cannot show what was lost; None if there are none."""
     rows = tuple(
         (
-            task_name(row),
+            wording.task_name(row),
             str(row.any_score.n),
-            chance_text(row.any_score),
-            score_text(row.scores["teacher"]),
+            wording.chance_text(row.any_score),
+            wording.score_text(row.scores["teacher"]),
             signed(row.teacher_sigmas or 0.0, 1),
         )
         for row in comparison.rows
@@ -176,10 +162,10 @@ def gap_table(rows: Sequence[Row]) -> Table:
     body = []
     for role in ("pruned", "distilled"):
         for likely, written, gap in protocol_gaps(rows, role):
-            kept = [kept_text(row.retained[role]) for row in (likely, written)]
-            name = written.ability if written.any_score.family is None else task_name(written)
+            kept = [wording.kept_text(row.retained[role]) for row in (likely, written)]
+            name = written.ability if written.any_score.family is None else wording.task_name(written)
             items = "the same" if shares_items(likely, written) else "different"
-            body.append((role, name, *kept, points_text(gap, 0), items))
+            body.append((role, name, *kept, wording.points_text(gap, 0), items))
     columns = ("Model", "Ability or task", "Kept, by likelihood", "Kept, in generation", "Protocol gap", "Items")
     caption = "Protocol gap: share kept by likelihood minus share kept in generation. Above 0, likelihood hides a loss"
     return Table(caption, columns, tuple(body), frozenset({0, 1, 5}))
@@ -209,7 +195,7 @@ def _rates_table(caption: str, writings: Sequence[Writing]) -> Table:
             cells.append(interval_text(limits, ".1f", unit, scale=scale) if limits else DASH)
         for change, p_value in ((entry.differences.get(pair), entry.adjusted_p.get(pair)) for pair in pairs):
             limits = change and (change.difference, change.ci_low, change.ci_high)
-            cells += [interval_text(limits, "+.1f", scale=scale) if limits else DASH, p_text(p_value)]
+            cells += [interval_text(limits, "+.1f", scale=scale) if limits else DASH, wording.p_text(p_value)]
         body.append(tuple(cells))
         if entry.name == OVERCONFIDENCE:
             body.append(_calibration_row(entry.row, roles, pairs))
@@ -217,14 +203,14 @@ def _rates_table(caption: str, writings: Sequence[Writing]) -> Table:
     for before, after in pairs:
         columns += (f"{after.capitalize()} − {before}", "p (Holm)")
     of_task = len(body) // max(len(writings), 1)
-    by_task = itertools.groupby(writings, lambda own: task_name(own.row))
+    by_task = itertools.groupby(writings, lambda own: wording.task_name(own.row))
     groups = tuple((task, of_task * len(list(own))) for task, own in by_task)
     return Table(caption, columns, tuple(body), groups=groups)
 
 
 def _calibration_row(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     """The calibration errors of a task, with what luck alone would give, and their changes."""
-    cells = [calibration_text(row.scores[role]) if role in row.scores else DASH for role in roles]
+    cells = [wording.calibration_text(row.scores[role]) if role in row.scores else DASH for role in roles]
     for pair in pairs:
         before, after = (row.scores[role].rates[CALIBRATION_ERROR] if role in row.scores else None for role in pair)
         cells += [DASH if before is None or after is None else signed(100 * (after - before), 1), DASH]
@@ -236,7 +222,9 @@ def level_tables(families: Sequence[Ladder]) -> list[Table]:
     tables = []
     for ladder in families:
         scores = zip(*ladder.scores.values(), strict=True)
-        rows = tuple((f"{level:g}", *map(score_text, own)) for level, own in zip(ladder.levels, scores, strict=True))
+        rows = tuple(
+            (f"{level:g}", *map(wording.score_text, own)) for level, own in zip(ladder.levels, scores, strict=True)
+        )
         columns = ("Level", *(role.capitalize() for role in ladder.scores))
         caption = f"{heading(ladder.family)} by level, {PROTOCOLS.get(ladder.protocol, ladder.protocol)}"
         tables.append(Table(caption, columns, rows, folded=True))
@@ -268,7 +256,7 @@ def flips(comparison: Comparison) -> list[Flips]:
             for pairs, word in zip(sides, words, strict=True):
                 if count := len(pairs):
                     shown = [_texts(*pair) for pair in pairs[:MOST_FLIPS]]
-                    caption = f"{task_name(row)}: {count:,} {'item' if count == 1 else 'items'} {word}"
+                    caption = f"{wording.task_name(row)}: {count:,} {'item' if count == 1 else 'items'} {word}"
                     caption += f", {len(shown)} shown" if len(shown) < count else ""
                     groups.append(Flips(caption, before, after, pairs is sides[0], count, shown))
     return groups
@@ -289,7 +277,8 @@ def identifier_table(run: Run) -> Table:
     """What every task is called in the recipe, and what makes its prompts."""
     tasks = {task.key: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
     rows = tuple(
-        (", ".join(score_words(task)), *task.key, task.version, str(task.num_fewshot)) for task in tasks.values()
+        (", ".join(wording.score_words(task)), *task.key, task.version, str(task.num_fewshot))
+        for task in tasks.values()
     )
     columns = ("Task", "Name in the recipe", "Protocol", "Metric", "Version", "Examples")
     return Table("Tasks by their names", columns, rows, frozenset(range(5)), folded=True)

@@ -12,21 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shoal.abilities import matching
 from shoal.abilities.checks import fits
-from shoal.abilities.matching import (
-    LETTERS,
-    amounts,
-    chosen_option,
-    contains,
-    exact,
-    first_line,
-    lettered_prompt,
-    letters_of,
-    number,
-    starts,
-    stated,
-    value,
-)
 from shoal.abilities.words import NAMES, PLACES
 
 from .data_sets import DataSet, TaskProtocol
@@ -66,8 +53,8 @@ def task_config(data: DataSet, protocol: TaskProtocol, data_dir: Path | None, nu
 def _loglikelihood(data: DataSet) -> Config:
     return {
         "output_type": "multiple_choice",
-        "doc_to_text": lettered_prompt,
-        "doc_to_choice": letters_of,
+        "doc_to_text": matching.lettered_prompt,
+        "doc_to_choice": matching.letters_of,
         "doc_to_target": "answer",
         **_chosen("acc"),
     }
@@ -102,7 +89,7 @@ def _generation(data: DataSet) -> Config:
     open_answer = "worked" if data.expects_work else shown_answer
     return {
         "output_type": "generate_until",
-        "doc_to_text": lettered_prompt if chooses else "context",
+        "doc_to_text": matching.lettered_prompt if chooses else "context",
         "doc_to_target": right_letter if chooses else open_answer,
         "process_results": letter_match if chooses else TEXT_MATCHES[data.match],
         "generation_kwargs": {"until": list(data.stop), "max_gen_toks": data.max_new_tokens, "do_sample": False},
@@ -160,12 +147,12 @@ def worked_answer(doc: Mapping[str, Any]) -> str:
 
 def right_letter(doc: Mapping[str, Any]) -> str:
     """The letter of the right option."""
-    return LETTERS[doc["answer"]]
+    return matching.LETTERS[doc["answer"]]
 
 
 def letter_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """1 where the written text chooses the right option."""
-    return {"match": float(chosen_option(results[0], doc["options"]) == doc["answer"])}
+    return {"match": float(matching.chosen_option(results[0], doc["options"]) == doc["answer"])}
 
 
 def _match(name: str, is_right: Callable[[str, Sequence[str]], bool]) -> Callable[..., dict[str, float]]:
@@ -178,19 +165,19 @@ def _match(name: str, is_right: Callable[[str, Sequence[str]], bool]) -> Callabl
     return match
 
 
-match_start = _match("match_start", starts)
-match_stated = _match("match_stated", stated)
+match_start = _match("match_start", matching.starts)
+match_stated = _match("match_stated", matching.stated)
 
 
 def match_last(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """1 where the last of the first line's numbers, names or places, whichever the answer is, is the right one."""
-    line, answer = first_line(results[0]), doc["answers"][0]
+    line, answer = matching.first_line(results[0]), doc["answers"][0]
     for words in (NAMES, PLACES):
         if answer in words:
             named = [word for word in re.findall(r"\w+", line) if word in words]
             return {"match": float(named[-1:] == [answer])}
-    last = value((amounts(line) or [""])[-1])
-    return {"match": float(last is not None and last == value(answer))}
+    last = matching.value((matching.amounts(line) or [""])[-1])
+    return {"match": float(last is not None and last == matching.value(answer))}
 
 
 def match_rule(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -200,9 +187,9 @@ def match_rule(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, floa
 
 TEXT_MATCHES = {
     "starts": match_start,
-    "contains": _match("match_inside", contains),
-    "exact": _match("match_exactly", exact),
-    "number": _match("match_number", number),
+    "contains": _match("match_inside", matching.contains),
+    "exact": _match("match_exactly", matching.exact),
+    "number": _match("match_number", matching.number),
     "last": match_last,
     "stated": match_stated,
     "rule": match_rule,

@@ -18,19 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from shoal.recipe.losses import (
-    DKD,
-    JSD,
-    TAID,
-    AdaptiveKL,
-    CrossEntropy,
-    ForwardKL,
-    LogitTerm,
-    ReverseKL,
-    SkewedForwardKL,
-    SkewedReverseKL,
-    TotalVariation,
-)
+from shoal.recipe import losses
 
 FIRST_HEAD = 128
 """How many of the teacher's most probable tokens are sorted at first to find the head of adaptive KL."""
@@ -165,37 +153,39 @@ def cross_entropy(q: Softmax, labels_N: Tensor) -> Values:
     return Values(-q.log_NV.gather(-1, label_N1)[:, 0], gradient_NV)
 
 
-def temperature_of(term: LogitTerm) -> float:
+def temperature_of(term: losses.LogitTerm) -> float:
     """The temperature of ``term``; cross-entropy looks at the model's own distribution."""
-    return 1.0 if isinstance(term, CrossEntropy) else term.temperature
+    return 1.0 if isinstance(term, losses.CrossEntropy) else term.temperature
 
 
-def token_losses(term: LogitTerm, p: Softmax | None, q: Softmax, labels_N: Tensor, *, share: float | Tensor) -> Values:
+def token_losses(
+    term: losses.LogitTerm, p: Softmax | None, q: Softmax, labels_N: Tensor, *, share: float | Tensor
+) -> Values:
     """What ``term`` gives for distributions at its temperature; not yet times temperature**2, see `scale_of`.
 
     ``share`` is TAID's present t; ``p`` may be None for cross-entropy. Labels number the outcomes.
     """
-    if isinstance(term, CrossEntropy):
+    if isinstance(term, losses.CrossEntropy):
         return cross_entropy(q, labels_N)
     assert p is not None, f"{term.kind} needs the teacher"
     match term:
-        case ForwardKL():
+        case losses.ForwardKL():
             return forward_kl(p, q)
-        case ReverseKL():
+        case losses.ReverseKL():
             return reverse_kl(p, q)
-        case JSD():
+        case losses.JSD():
             return jsd(p, q, beta=term.beta)
-        case SkewedForwardKL():
+        case losses.SkewedForwardKL():
             return skewed_forward_kl(p, q, alpha=term.alpha)
-        case SkewedReverseKL():
+        case losses.SkewedReverseKL():
             return skewed_reverse_kl(p, q, alpha=term.alpha)
-        case AdaptiveKL():
+        case losses.AdaptiveKL():
             return adaptive_kl(p, q, head_mass=term.head_mass)
-        case TAID():
+        case losses.TAID():
             return taid(p, q, share=share)
-        case DKD():
+        case losses.DKD():
             return dkd(p, q, labels_N, alpha=term.alpha, beta=term.beta)
-        case TotalVariation():
+        case losses.TotalVariation():
             return total_variation(p, q)
 
 
@@ -211,7 +201,7 @@ class TaidState:
     et al. 2025, arXiv:2501.16937, section 3).
     """
 
-    def __init__(self, term: TAID) -> None:
+    def __init__(self, term: losses.TAID) -> None:
         self._term = term
         self.t = term.start
         self._momentum = 0.0
