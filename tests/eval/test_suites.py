@@ -83,7 +83,7 @@ def test_a_limit_by_tasks_keeps_the_default_that_it_does_not_name() -> None:
 
 
 def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
-    with pytest.raises(UserError, match=r"eval.tasks: 'transfr' is not a task, .* did you mean 'transfer'\?"):
+    with pytest.raises(UserError, match=r"eval.tasks: 'transfr' is not a task .* did you mean 'transfer'\?"):
         refuse_unknown(evaluation(tasks=["quick", "transfr"]).tasks)
     with pytest.raises(UserError, match=r"eval.limit: must be a whole number \(got 'a'\)"):
         evaluation(tasks="quick", limit="a")

@@ -135,7 +135,7 @@ class StubbornConfig(LlamaConfig):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (AlternatingConfig(num_hidden_layers=6), r"config.layer_types: reads .* after a reload"),
+        (AlternatingConfig(num_hidden_layers=6), r"config.layer_types: is .* after a reload"),
         (StubbornConfig(num_hidden_layers=6), r"num_hidden_layers: reads 6 after a reload"),
     ],
 )

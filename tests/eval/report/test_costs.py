@@ -38,7 +38,7 @@ def test_every_batch_size_is_shown_with_time_and_memory(tmp_path: Path) -> None:
     )
     text = told(tmp_path)
     assert "Machine: device cpu, cpu threads 1." in text
-    assert "\n- Batch size 16 is left out" in text
+    assert "\n- Batch size 16 is skipped" in text
 
 
 def test_a_ratio_has_the_range_of_the_rounds_in_which_both_took_a_turn(tmp_path: Path) -> None:

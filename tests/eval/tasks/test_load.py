@@ -183,7 +183,7 @@ def write_own(folder: Path, more: str = "") -> None:
 def test_examples_are_never_taken_from_the_scored_items(tmp_path: Path) -> None:
     write_own(tmp_path)
     assert load_tasks(["own"], include_path=tmp_path)["own"].config.num_fewshot == 0
-    with pytest.raises(UserError, match=r"eval.num_fewshot: 'own' has 0 examples"):
+    with pytest.raises(UserError, match=r"eval.num_fewshot: 'own' has only 0 examples"):
         load_tasks(["own"], include_path=tmp_path, num_fewshot=2)
 
 

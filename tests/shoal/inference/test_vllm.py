@@ -70,7 +70,7 @@ def test_text_that_is_there_is_read_without_the_engine_and_on_several_ranks(
 @pytest.mark.parametrize(
     ("found", "ranks", "message"),
     [
-        (None, 1, r"^eval\.backend: vllm is not installed; install it, or set backend: transformers "),
+        (None, 1, r"^eval\.backend: vllm is not installed; install it, or set backend: transformers"),
         (object(), 2, r"^eval\.backend: vllm manages its own processes and cannot run under 2 ranks; run "),
     ],
 )

@@ -199,7 +199,7 @@ def test_torchs_own_kernels_take_what_they_are_called_with() -> None:
 @pytest.mark.parametrize("setting", ["s_aux", "softcap", "position_bias"])
 def test_torchs_own_kernels_refuse_scores_that_they_do_not_know(setting: str) -> None:
     heads, documents = torch.zeros(1, 2, 4, 8), Documents(torch.tensor([0, 4], dtype=torch.int32), 4, None)
-    with pytest.raises(ValueError, match=f"does not know {setting}"):
+    with pytest.raises(ValueError, match=f"does not support {setting}"):
         varlen_attention(torch.nn.Identity(), heads, heads, heads, documents, **{setting: torch.ones(2)})
 
 
