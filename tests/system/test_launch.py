@@ -258,7 +258,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_le
         log = said.read()
     assert waiting.exitcode
     assert f"rank 1 (host {socket.gethostname()}, process {late.pid}) does not respond" in log
-    assert "the same command goes on from the last checkpoint" in log
+    assert "the same command resumes from the last checkpoint" in log
     assert "resuming from" in finished(distill(path))
     assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
 

@@ -61,7 +61,7 @@ def test_a_spike_is_measured_against_the_median_of_the_steps_before():
     assert guard.problem({"loss": 2.9}) is None
     told = guard.problem({"loss": 3.1})
     assert told is not None
-    assert "3.1, more than distill.stop_on_spike: 3 times 1, the median of the 21 steps before" in told
+    assert "3.1, more than distill.stop_on_spike (3) times 1, the median of the 21 steps before" in told
 
 
 def test_the_first_steps_and_a_guard_that_is_off_say_nothing():

@@ -160,7 +160,7 @@ def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> 
     for name, weight in again.objective.student.state_dict().items():
         assert torch.equal(weight, whole.objective.student.state_dict()[name]), name
     os.remove(tmp_path / "out/checkpoint-3/objective.json")
-    with pytest.raises(UserError, match=r"checkpoint-3: holds no objective.json; go on from a checkpoint of this"):
+    with pytest.raises(UserError, match=r"checkpoint-3: objective.json is missing; resume from a checkpoint of this"):
         trainer_of(tmp_path, losses=losses, trained_by=steps).train(
             resume_from_checkpoint=str(tmp_path / "out/checkpoint-3")
         )

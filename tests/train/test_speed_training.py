@@ -59,7 +59,7 @@ def test_memory_that_runs_out_says_what_to_change_and_what_is_kept(
     assert refused.result is not None
     assert refused.result.returncode == 2, refused.log[-3000:]
     assert f"out of memory while training: {full[:60]}" in refused.log
-    assert "the same command goes on from the last checkpoint" in refused.log
+    assert "the same command resumes from the last checkpoint" in refused.log
     assert "Traceback" not in refused.log
     kept = [*(path.parent / "run/checkpoints").glob("checkpoint-*")]
     assert len(kept) == (step == 6), "what was being written is no checkpoint"

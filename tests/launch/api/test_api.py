@@ -444,5 +444,5 @@ def test_a_run_directory_is_read_as_it_is(tmp_path: Path) -> None:
     again = Run.load(tmp_path / "copy")
     assert replace(again, folder=run.folder) == run
     assert read_run(again.folder).model == read_run(run.folder).model, "the recipe is kept beside them"
-    with pytest.raises(shoal.UserError, match=r"has no model 'distilled'; there is none"):
+    with pytest.raises(shoal.UserError, match=r"has no model 'distilled'; existing are none"):
         run.model()

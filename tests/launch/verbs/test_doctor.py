@@ -58,7 +58,7 @@ def test_what_is_wrong_with_one_rank_is_in_the_table(
     ]
     there = [
         Row("kernel", "OSError: no image", "runs", "wrong"),
-        Row("package", "not installed", "", "not looked at"),
+        Row("package", "not installed", "", "not checked"),
         Row("loss", "falls", "falls", "ok"),
         Row("rate", "5 GB/s", "", "ok", -5.0),
     ]

@@ -79,7 +79,9 @@ def test_paired_zero_one_scores_count_wins_and_losses() -> None:
     ids=lambda changes: next(iter(changes)),
 )
 def test_other_settings_are_refused_by_name(changes: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=rf"task 't': {next(iter(changes))} is .* evaluate both models with the same settings"):
+    with pytest.raises(
+        UserError, match=rf"task 't': {next(iter(changes))} is .* evaluate both models with the same settings"
+    ):
         ours.paired(task([1, 0]), dataclasses.replace(task([1, 0]), **changes))  # pyright: ignore[reportArgumentType]
 
 

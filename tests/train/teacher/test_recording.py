@@ -310,7 +310,7 @@ def test_a_recording_of_the_runs_own_is_made_again_where_it_is_out_of_date(teach
         own = replace(own, settings=Recorded(top_k=6))
     data = rows(5, seed=1) if change == "rows" else rows(5)
     record_signals(own, data, folder, rows_from=ROWS_FROM, rows_per_shard=3, verify=False)
-    assert ("is made again: " in caplog.text) == (change != "neither")
+    assert ("is recorded again: " in caplog.text) == (change != "neither")
     made = {name: (folder / name).stat().st_mtime_ns for name in shards(folder)}
     assert made == kept if change == "neither" else made.keys() == set(sorted(kept)[:2])
     assert (folder / "notes.txt").read_text() == "mine"
