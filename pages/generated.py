@@ -26,7 +26,7 @@ from shoal.launch.help.explain import explanation, places
 from shoal.recipe.asked import ROWS
 from shoal.recipe.not_together import NOT_TOGETHER
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:

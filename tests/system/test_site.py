@@ -61,7 +61,9 @@ def test_a_link_that_leads_nowhere_ends_the_build(tmp_path: Path, link: str) -> 
 
 
 class Prose(HTMLParser):
-    """The text of an <article> outside code; what stands in code is left out."""
+    """The text of an <article> outside headings, which may begin with a number, and code."""
+
+    TAGS = ("article", "pre", "code", "h1", "h2", "h3")
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,11 +71,11 @@ class Prose(HTMLParser):
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("article", "pre", "code"):
+        if tag in self.TAGS:
             self.inside.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("article", "pre", "code"):
+        if tag in self.TAGS:
             self.inside.pop()
 
     def handle_data(self, data: str) -> None:
