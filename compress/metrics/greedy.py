@@ -29,8 +29,8 @@ Objective = Callable[[Sequence[Variant]], Sequence[float]]
 
 
 class TaskGreedy(Metric):
-    """Every time the layer goes without which the mean score of the tasks of measure.sweep is best (TALE,
-    arXiv:2510.22767); a step costs as much as a sweep of what is left."""
+    """Greedy order: at every step the layer without which the mean score of the measure.sweep tasks is best (TALE,
+    arXiv:2510.22767). A step costs as much as an ablation of the remaining layers."""
 
     needs: ClassVar[Need] = "tasks"
     yields: ClassVar[Yields] = "order"

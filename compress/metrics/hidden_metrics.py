@@ -99,7 +99,7 @@ class BlockInfluence(_TokenMean):
 
 
 class UpdateNorm(_TokenMean):
-    """Mean over tokens of |D_l| / |h_l|, the relative size of what the layer adds.
+    """Mean over tokens of |D_l| / |h_l|, the relative size of the layer's update.
 
     Euclidean norms, the denominator at least 1e-6 (arXiv:2512.14064; relative L2 also among the metrics of
     llm_depth_pruning). A size only: it does not see where the update points.
@@ -193,7 +193,7 @@ class AvssOutput(HiddenMetric):
 
 
 class AvssUpdate(AvssOutput):
-    """AVSS of what the layer adds, a = D_l, else as avss_output: free of the residual stream's growth."""
+    """AVSS of the layer's update a = D_l, otherwise like avss_output. Free of the residual stream's growth."""
 
     reads: ClassVar[frozenset[Reading]] = frozenset({"update_spread"})
     spread: ClassVar[Quantity] = "update_spread"

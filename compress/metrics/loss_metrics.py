@@ -75,7 +75,7 @@ class SingleDropPerplexity(LossMetric):
 
 
 class Sleb(LossMetric):
-    """Layer after layer: min over l of L(gone + {l}), given what is gone (SLEB's M3, arXiv 2402.09025)."""
+    """Greedy order: at every step the layer l with the lowest L(removed + {l}) (SLEB's M3, arXiv:2402.09025)."""
 
     yields: ClassVar[Yields] = "order"
     PER_LAYER: ClassVar[int] = 1
@@ -93,7 +93,7 @@ class Sleb(LossMetric):
 
 
 class BlockPruner(Sleb):
-    """As sleb, over attention and MLP of every layer as components of their own (BlockPruner, arXiv 2406.10594)."""
+    """Greedy order like sleb, with attention and MLP as separate components (BlockPruner, arXiv:2406.10594)."""
 
     PER_LAYER: ClassVar[int] = 2
 
@@ -139,7 +139,7 @@ class PresentAbsent(_OfSubnetworks):
 
 
 class LocalShapley(_OfSubnetworks):
-    """Mean of L(S + {l}) - L(S) over random S of at most two layers: layer l's Shapley value near the full model.
+    """Mean of L(S + {l}) - L(S) over random S of at most two layers: layer l's Shapley value near the teacher.
 
     A walk that has come to the loss of guessing uniformly, log V, is not gone on with (arXiv 2409.14381; the estimator
     is INFERRED).

@@ -33,7 +33,7 @@ def tasks() -> Names:
     names = {
         name: f"{data.about} [{data.column}]" if data.column else data.about for name, (data, _) in described.items()
     }
-    return names | dict.fromkeys(tasks_in_files(HUB_TASKS_DIR), "a task file of its own")
+    return names | dict.fromkeys(tasks_in_files(HUB_TASKS_DIR), "a group of tasks in its own file")
 
 
 def metrics() -> Names:
