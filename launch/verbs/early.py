@@ -143,7 +143,7 @@ def _training(asked: Asked) -> None:
         check_vllm(f"distill.data.{number}.generate.backend")  # what is written is read without it
     teacher = distill.teacher
     if asked.verb == "record" and isinstance(teacher, Live):
-        raise UserError("distill.teacher: is live, and nothing is recorded of it; add distill.teacher=recorded")
+        raise UserError("distill.teacher: is live, so there is nothing to record; add distill.teacher=recorded")
     by_vllm = teacher if isinstance(teacher, Recorded) and teacher.backend == "vllm" else None
     if by_vllm and not (by_vllm.folder(recipe.run_dir) / "recording.json").is_file():  # else it may be needless
         check_vllm("distill.teacher.backend")
