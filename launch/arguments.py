@@ -180,7 +180,7 @@ def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
         action=_PrintCompletion,
         help="print a completion script for a shell",
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for verb, row in VERBS.items():
         shown = [example.partition("  ")[::2] for example in row.examples]
         width = max(len(words) for words, _ in shown)

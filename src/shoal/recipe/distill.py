@@ -179,7 +179,7 @@ class Distill(Section):
     longer ones are cut, and rows are padded."""
     losses: Annotated[Losses, Shapes.TRAINING] = (ForwardKL(),)
     """Losses: the sum of these terms, each times its weight. They apply to sources without losses of their own, and to
-    the student's samples."""
+    the student's samples. p is the teacher's distribution over the vocabulary, q the student's."""
     trainable: Annotated[Trainable, Shapes.TRAINING] = "all"
     """Weights to train. `all`: everything; `layers`: all but embeddings and head; `from_first_cut`: the layers above
     the first dropped one, and the final norm; `near_gaps`: the layers next to dropped ones; `norm_and_head`: final norm
