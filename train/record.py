@@ -32,21 +32,7 @@ from shoal.runtime import agreed, barrier, device, queued, together
 from .objective.chunked_loss import CHUNK
 from .objective.layer_losses import raw_states
 from .objective.objective import final_hidden
-from .teacher.recording import (
-    HEADER_BYTES,
-    Layout,
-    RecordingManifest,
-    ShardFile,
-    Wanted,
-    of_another_run,
-    other_rows,
-    row_hashes,
-    shard_name,
-    shard_planes,
-    shards_of,
-    warn_of_versions,
-    write_shard,
-)
+from .teacher import recording
 from .teacher.vllm_teacher import VllmTeacher, agreeing
 
 log = logging.getLogger(__name__)
@@ -58,7 +44,7 @@ ROWS_AT_ONCE = 8
 
 
 def record_signals(
-    wanted: Wanted,
+    wanted: recording.Wanted,
     rows: PackedRows,
     folder: Path,
     *,
@@ -77,9 +63,9 @@ def record_signals(
             all, or the teacher's distributions are not finite; an engine that is not there, says something else than
             the teacher, or goes away. What is written stays.
     """
-    asked = RecordingManifest(Provenance(wanted.inputs), rows_per_shard, wanted.layout, rows_from)
+    asked = recording.RecordingManifest(Provenance(wanted.inputs), rows_per_shard, wanted.layout, rows_from)
     pending = _pending(rows, folder, asked, wanted, verify=verify)
-    manifest = RecordingManifest.load(folder / RecordingManifest.FILE)
+    manifest = recording.RecordingManifest.load(folder / recording.RecordingManifest.FILE)
     if not pending and manifest.num_rows >= len(rows):
         return
     recorded: Callable[..., dict[str, Tensor]]
@@ -90,33 +76,35 @@ def record_signals(
         engine = agreeing(wanted.teacher, rows, top_k=wanted.settings.top_k)
         manifest = replace(manifest, engine=engine.about)
         if is_main():  # one that is interrupted names it too
-            manifest.save(folder / RecordingManifest.FILE)
+            manifest.save(folder / recording.RecordingManifest.FILE)
         recorded = partial(_ask_of_shard, engine)
     own_shards = pending[rank() :: world_size()]
     setting = "run_dir" if wanted.settings.path is None else "distill.teacher.path"
     with progress("record", total=sum(map(len, own_shards)), unit="rows") as step:
         for shard in own_shards:
             planes = recorded(rows, shard, layout=manifest.layout, tell=step)
-            path = folder / shard_name(shard.start // manifest.rows_per_shard)
-            write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
+            path = folder / recording.shard_name(shard.start // manifest.rows_per_shard)
+            recording.write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
     barrier()
     if is_main():
-        num_shards = max(len(shards_of(len(rows), manifest.rows_per_shard)), len(manifest.shards))
+        num_shards = max(len(recording.shards_of(len(rows), manifest.rows_per_shard)), len(manifest.shards))
         finished = replace(manifest, shards=_listed(folder, manifest, num_shards))
-        finished.save(folder / RecordingManifest.FILE)
+        finished.save(folder / recording.RecordingManifest.FILE)
         log.info("record: %s rows in %s", f"{finished.num_rows:,}", folder)
     barrier()
 
 
-def _pending(rows: PackedRows, folder: Path, asked: RecordingManifest, wanted: Wanted, *, verify: bool) -> list[range]:
+def _pending(
+    rows: PackedRows, folder: Path, asked: recording.RecordingManifest, wanted: recording.Wanted, *, verify: bool
+) -> list[range]:
     """The rows of every shard that is still to be written into ``folder``.
 
     Finished shards are read and compared with their checksums by all ranks together; damaged ones are named in the log
     and written again.
     """
     agreed(lambda: _claim(rows, folder, asked, wanted))
-    on_disk = RecordingManifest.load(folder / RecordingManifest.FILE)
-    shards = shards_of(len(rows), on_disk.rows_per_shard)
+    on_disk = recording.RecordingManifest.load(folder / recording.RecordingManifest.FILE)
+    shards = recording.shards_of(len(rows), on_disk.rows_per_shard)
     own_shards = shards[rank() :: world_size()]
     missing = together(lambda: [shard for shard in own_shards if not _is_there(folder, shard, on_disk, verify=verify)])
     pending = sorted((shard for part in missing for shard in part), key=lambda shard: shard.start)
@@ -124,51 +112,53 @@ def _pending(rows: PackedRows, folder: Path, asked: RecordingManifest, wanted: W
     return pending
 
 
-def _claim(rows: PackedRows, folder: Path, asked: RecordingManifest, wanted: Wanted) -> None:
+def _claim(rows: PackedRows, folder: Path, asked: recording.RecordingManifest, wanted: recording.Wanted) -> None:
     """Make ``folder`` this recording's. Of another recording the run's own is cleared, and any other refused."""
-    path = folder / RecordingManifest.FILE
+    path = folder / recording.RecordingManifest.FILE
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder}: holds other files; set distill.teacher.path to an empty or new folder")
         asked.save(path)
         return
-    on_disk = RecordingManifest.load(path)
+    on_disk = recording.RecordingManifest.load(path)
     if other := "; ".join(wanted.missed_in(on_disk)) or _other_rows(rows, folder, on_disk, asked):
         if wanted.settings.path is not None:
-            raise UserError(of_another_run(path, other))
+            raise UserError(recording.of_another_run(path, other))
         log.warning("record: %s is recorded again: %s", folder, other)
         for file in folder.glob("shard-*.safetensors"):  # the manifest last: until then the folder is known as ours
             file.unlink()
         asked.save(path)
         return
-    warn_of_versions(path, on_disk.provenance)
+    recording.warn_of_versions(path, on_disk.provenance)
     for leftover in folder.glob(".shard-*.tmp"):  # of killed processes: nobody else is at it
         leftover.unlink(missing_ok=True)
 
 
-def _other_rows(rows: PackedRows, folder: Path, on_disk: RecordingManifest, asked: RecordingManifest) -> str | None:
+def _other_rows(
+    rows: PackedRows, folder: Path, on_disk: recording.RecordingManifest, asked: recording.RecordingManifest
+) -> str | None:
     """In words, what of the recorded rows are others than these; None = nothing."""
     shaped_otherwise = differences(asked.rows_from, on_disk.rows_from)
-    for shard in shards_of(len(rows), on_disk.rows_per_shard):
+    for shard in recording.shards_of(len(rows), on_disk.rows_per_shard):
         file = _opened(folder, shard, on_disk)
-        if file is not None and (words := other_rows(file.hashes, rows, shard.start, shaped_otherwise)):
+        if file is not None and (words := recording.other_rows(file.hashes, rows, shard.start, shaped_otherwise)):
             return words
     return None
 
 
-def _opened(folder: Path, shard: range, on_disk: RecordingManifest) -> ShardFile | None:
+def _opened(folder: Path, shard: range, on_disk: recording.RecordingManifest) -> recording.ShardFile | None:
     """The file of the shard; None where it is missing or torn."""
-    path = folder / shard_name(shard.start // on_disk.rows_per_shard)
+    path = folder / recording.shard_name(shard.start // on_disk.rows_per_shard)
     if not path.is_file():
         return None
     try:
-        return ShardFile(path, on_disk.layout)
+        return recording.ShardFile(path, on_disk.layout)
     except UserError as error:
         log.warning("%s", error)
         return None
 
 
-def _is_there(folder: Path, shard: range, on_disk: RecordingManifest, *, verify: bool) -> bool:
+def _is_there(folder: Path, shard: range, on_disk: recording.RecordingManifest, *, verify: bool) -> bool:
     """Whether the shard stands in ``folder`` whole."""
     if (file := _opened(folder, shard, on_disk)) is None:
         return False
@@ -176,13 +166,13 @@ def _is_there(folder: Path, shard: range, on_disk: RecordingManifest, *, verify:
     is_listed = index < len(on_disk.shards) and on_disk.shards[index]["sha256"] == file.sha256
     is_whole = (is_listed and not verify) or file.is_intact()
     if not is_whole or file.recording != on_disk.provenance.fingerprint:
-        path = folder / shard_name(index)
+        path = folder / recording.shard_name(index)
         log.warning("%s: does not match its checksum, or belongs to another recording; recording it again", path)
         return False
     return file.num_rows >= len(shard)  # fewer: it was the last one of a smaller budget
 
 
-def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[range]) -> None:
+def _announce(folder: Path, layout: recording.Layout, num_shards: int, pending: Sequence[range]) -> None:
     """Say what will be written, and refuse where it does not fit.
 
     Raises:
@@ -191,7 +181,7 @@ def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[r
     if not pending:
         log.info("record: all %d shards are complete (%s)", num_shards, folder)
         return
-    need = sum(layout.num_bytes(len(shard)) + HEADER_BYTES for shard in pending)
+    need = sum(layout.num_bytes(len(shard)) + recording.HEADER_BYTES for shard in pending)
     free = shutil.disk_usage(folder).free
     tokens = sum(map(len, pending)) * layout.sequence_length
     log.info(
@@ -238,7 +228,7 @@ def _record_shard(
     shard: range,
     *,
     temperature: float,
-    layout: Layout,
+    layout: recording.Layout,
     tell: Callable[[int], Any],
 ) -> dict[str, Tensor]:
     scaled, head = logits_from_hidden(teacher, prepared=True), teacher.get_output_embeddings()
@@ -273,23 +263,25 @@ def _record_shard(
             "set dtype: float32, or check its weights"
         )
     states = {plane: torch.cat(parts) for plane, parts in kept.items()}
-    return shard_planes(layout, (ids, log_probs, tail), row_hashes(rows, shard.start, shard.stop), states)
+    return recording.shard_planes(
+        layout, (ids, log_probs, tail), recording.row_hashes(rows, shard.start, shard.stop), states
+    )
 
 
 def _ask_of_shard(
-    engine: VllmTeacher, rows: PackedRows, shard: range, *, layout: Layout, tell: Callable[[int], Any]
+    engine: VllmTeacher, rows: PackedRows, shard: range, *, layout: recording.Layout, tell: Callable[[int], Any]
 ) -> dict[str, Tensor]:
     ids_NS, positions_NS = (x[shard.start : shard.stop] for x in (rows.input_ids_NS, rows.position_ids_NS))
     said = engine.says(ids_NS, positions_NS, tell=tell)
-    return shard_planes(layout, said, row_hashes(rows, shard.start, shard.stop), {})
+    return recording.shard_planes(layout, said, recording.row_hashes(rows, shard.start, shard.stop), {})
 
 
-def _listed(folder: Path, manifest: RecordingManifest, num_shards: int) -> tuple[dict[str, Any], ...]:
+def _listed(folder: Path, manifest: recording.RecordingManifest, num_shards: int) -> tuple[dict[str, Any], ...]:
     """The manifest's entries, up to the first shard that is not full: rows are found by counting."""
     listed = []
     for index in range(num_shards):
-        path = folder / shard_name(index)
-        file = ShardFile(path, manifest.layout)
+        path = folder / recording.shard_name(index)
+        file = recording.ShardFile(path, manifest.layout)
         listed.append({"rows": file.num_rows, "bytes": path.stat().st_size, "sha256": file.sha256})
         if file.num_rows < manifest.rows_per_shard:
             break

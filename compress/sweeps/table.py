@@ -21,18 +21,7 @@ from shoal.atomic_files import write_json
 from shoal.components import Component
 from shoal.errors import UserError
 from shoal.recipe.section import LEAST_ITEMS
-from shoal.stats.intervals import (
-    Array,
-    correlation,
-    effective_n,
-    left_out_means,
-    newcombe_paired,
-    paired_correlation,
-    ratio,
-    skewed_limits,
-    t_test,
-    wilson,
-)
+from shoal.stats import intervals
 from shoal.stats.paired import (
     holm,
     interval,
@@ -55,24 +44,24 @@ class Measured:
     task: TaskScore
     """Scores of the intact model."""
     ids: tuple[str, ...]
-    scores_NK: Array
-    weights_N: Array
+    scores_NK: intervals.Array
+    weights_N: intervals.Array
     is_binary: bool
 
     @property
-    def mean_K(self) -> Array:
+    def mean_K(self) -> intervals.Array:
         """The score of every column."""
         return np.average(self.scores_NK, axis=0, weights=self.weights_N)
 
     @property
-    def left_out_NK(self) -> Array:
+    def left_out_NK(self) -> intervals.Array:
         """The same without each of the items."""
-        return left_out_means(self.scores_NK, self.weights_N)
+        return intervals.left_out_means(self.scores_NK, self.weights_N)
 
     @property
     def effective_n(self) -> float:
         """How many items of equal weight these are worth."""
-        return effective_n(self.weights_N)
+        return intervals.effective_n(self.weights_N)
 
 
 def needed_items(num_components: int) -> int:
@@ -86,7 +75,10 @@ def needed_items(num_components: int) -> int:
 
 def require_items(task: str, n: int, num_components: int, *, weights: Sequence[float] | None = None) -> None:
     """Refuse a column of too few items, or of items so unequal that few of them count; worth asking before a run."""
-    need, effective = needed_items(num_components), effective_n(np.asarray(weights or [1.0] * n, dtype=np.float64))
+    need, effective = (
+        needed_items(num_components),
+        intervals.effective_n(np.asarray(weights or [1.0] * n, dtype=np.float64)),
+    )
     if n < need:
         problem = (
             f"has {n} items, but for {num_components} removals an interval or a test needs at least {need} to show "
@@ -184,8 +176,8 @@ def _effects(column: Measured) -> tuple[Sequence[Estimate], Sequence[Estimate], 
     scores, changes, p_values = [], [], []
     for table in _tables(column):
         n, right, won, lost = sum(table.values()), table["both"] + table["won"], table["won"], table["lost"]
-        scores.append(Estimate(right / n, *wilson(right, n)))
-        limits = newcombe_paired(**table)
+        scores.append(Estimate(right / n, *intervals.wilson(right, n)))
+        limits = intervals.newcombe_paired(**table)
         changes.append(Estimate((won - lost) / n, *limits))
         p_values.append(mcnemar(won, lost))
     return scores, changes, p_values
@@ -195,7 +187,7 @@ def _mean_effects(column: Measured) -> tuple[Sequence[Estimate], Sequence[Estima
     n, mean_K, left_out_NK = column.effective_n, column.mean_K, column.left_out_NK
     change_U, changes_NU = mean_K[1:] - mean_K[0], left_out_NK[:, 1:] - left_out_NK[:, :1]
     scores = estimates(left_out_NK[:, 1:], mean_K[1:], n)
-    return scores, estimates(changes_NU, change_U, n), t_test(changes_NU, change_U, n).tolist()
+    return scores, estimates(changes_NU, change_U, n), intervals.t_test(changes_NU, change_U, n).tolist()
 
 
 def _retentions(column: Measured) -> list[Estimate | None]:
@@ -203,18 +195,18 @@ def _retentions(column: Measured) -> list[Estimate | None]:
     task, moves_NK = column.task, column.mean_K - column.left_out_NK
     value, low, high = (limit - task.chance for limit in (task.score, task.ci_low, task.ci_high))
     if column.is_binary:
-        together = [paired_correlation(**table) for table in _tables(column)]
+        together = [intervals.paired_correlation(**table) for table in _tables(column)]
     else:
-        together = [correlation(moves_NK[:, 0], moves_N) for moves_N in moves_NK[:, 1:].T]
+        together = [intervals.correlation(moves_NK[:, 0], moves_N) for moves_N in moves_NK[:, 1:].T]
     kept = []
     for score, shared in zip(_effects(column)[0], together, strict=True):
         part = (score.value - task.chance, score.low - task.chance, score.high - task.chance)
-        limits = ratio(part, (value, low, high), shared)
+        limits = intervals.ratio(part, (value, low, high), shared)
         kept.append(None if limits is None else Estimate(part[0] / value, *limits))
     return kept
 
 
-def left_out_retentions(column: Measured) -> Array:
+def left_out_retentions(column: Measured) -> intervals.Array:
     """(N, U): retention without each of the items."""
     above_NK = column.left_out_NK - column.task.chance
     return above_NK[:, 1:] / above_NK[:, :1]
@@ -242,9 +234,9 @@ def _text_shares(score: TaskScore) -> dict[str, float]:
     return {name: score.rates[name] for name in ("malformed", "repetition") if name in score.rates}
 
 
-def estimates(left_out_NK: Array, value_K: Array, n: float) -> tuple[Estimate, ...]:
+def estimates(left_out_NK: intervals.Array, value_K: intervals.Array, n: float) -> tuple[Estimate, ...]:
     """``value_K`` with 95 % intervals, from what they are without each of the items, worth ``n`` equal ones."""
-    limits = skewed_limits(left_out_NK, value_K, n)
+    limits = intervals.skewed_limits(left_out_NK, value_K, n)
     return tuple(Estimate(*row) for row in zip(*(values.tolist() for values in (value_K, *limits)), strict=True))
 
 
@@ -295,7 +287,7 @@ def write_items(
         write_json(_file(folder, task.task), table)
 
 
-def read_items(folder: Path, task: str, *, num_units: int) -> dict[str, Array]:
+def read_items(folder: Path, task: str, *, num_units: int) -> dict[str, intervals.Array]:
     """Item -> (2 + U,): its weight, its score with everything, and without each unit.
 
     Raises:

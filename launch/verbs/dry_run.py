@@ -16,20 +16,12 @@ from shoal.formatting import aligned, bytes_text, duration_text, paragraphs
 from shoal.machine import disk_line
 from shoal.progress import doing
 
+from . import prune
 from .distill import check_distill, what_is_trained
 from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
 from .measure import check_measure, importance_of
 from .pace import eval_seconds, eval_work, measure_seconds, training_specs
 from .pipeline import preflight
-from .prune import (
-    expected_plan,
-    read_importance,
-    read_plan,
-    refuse_impossible_changes,
-    refuse_impossible_plan,
-    sacrifice,
-    what_is_cut,
-)
 from .run import Run
 
 NOTHING_WRITTEN = "dry run: nothing is written and nothing is trained"
@@ -106,14 +98,14 @@ def _checked_measure(run: Run) -> list[Stage]:
 
 
 def _pruning(run: Run) -> list[Stage]:
-    read_importance(run)  # refuses another run's
+    prune.read_importance(run)  # refuses another run's
     return [_prune(run)]
 
 
 def _training(run: Run) -> list[Stage]:
     check_distill(run)
     has_plan = (run.dir / Plan.FILE).is_file()
-    plan = read_plan(run) if has_plan else expected_plan(run)
+    plan = prune.read_plan(run) if has_plan else prune.expected_plan(run)
     stage = training_estimate(run, plan)
     return [replace(stage, told=f"cut:     {plan.reason}\n{stage.told}")]
 
@@ -177,16 +169,16 @@ def _prune(run: Run) -> Stage:
     from shoal.compress.apply import changes_of
     from shoal.compress.estimate import cut_estimate
 
-    state, why = _state(what_is_cut(run))
+    state, why = _state(prune.what_is_cut(run))
     is_done = state == "done"
     if not is_done:
-        refuse_impossible_plan(run)
-    plan = read_plan(run) if is_done else expected_plan(run)
-    refuse_impossible_changes(run, plan)
+        prune.refuse_impossible_plan(run)
+    plan = prune.read_plan(run) if is_done else prune.expected_plan(run)
+    prune.refuse_impossible_changes(run, plan)
     recipe, out = run.recipe, run.dir / "student"
     how = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code}
     told, num_bytes = cut_estimate(run.teacher, plan, out, changes=changes_of(recipe.prune), text=recipe.measure, **how)
-    told = "\n".join([told, *sacrifice(run, None, plan)])
+    told = "\n".join([told, *prune.sacrifice(run, None, plan)])
     return Stage("prune", state, _joined(why, plan.reason), None, 0 if is_done else num_bytes, told)
 
 
@@ -199,7 +191,7 @@ def _distill(run: Run, *, cut: Stage) -> Stage:
     if run.recipe.eval.control:
         why = _joined(why, "the control too")
     try:
-        found = training_estimate(run, read_plan(run) if cut.is_done else expected_plan(run))
+        found = training_estimate(run, prune.read_plan(run) if cut.is_done else prune.expected_plan(run))
     except NotEstimated as error:
         return Stage("distill", state, why, told=str(error))
     return replace(found, state=state, why=why)

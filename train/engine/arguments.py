@@ -20,19 +20,10 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
 from shoal.ranks import world_size
+from shoal.recipe import trainer_arguments
 from shoal.recipe.distill import Distill, Live
 from shoal.recipe.messages import demand
 from shoal.recipe.section import as_dict
-from shoal.recipe.trainer_arguments import (
-    BATCH_SPLIT,
-    DEFAULTS,
-    OURS,
-    computed_in,
-    out_of_range,
-    precisions_said,
-    read_deepspeed,
-    trained_in,
-)
 from shoal.runtime import device
 
 from .distillation_config import SAME_AS_IN_RECIPE, DistillationConfig
@@ -55,7 +46,7 @@ def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, in
         UserError: `distill.batch_size` does not come out even over these ranks.
     """
     micro_batch = settings.trainer.get("per_device_train_batch_size")
-    default = int(DEFAULTS["per_device_train_batch_size"])
+    default = int(trainer_arguments.DEFAULTS["per_device_train_batch_size"])
     if settings.batch_size is None:
         return int(micro_batch or default), int(settings.trainer.get("gradient_accumulation_steps", 1))
     ranks = ranks or world_size()
@@ -109,7 +100,9 @@ def training_arguments(
         UserError: unknown or contradictory arguments.
     """
     check_names(settings)
-    values: dict[str, Any] = settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
+    values: dict[str, Any] = settings.trainer | dict(
+        zip(trainer_arguments.BATCH_SPLIT, batch_split(settings), strict=True)
+    )
     if deepspeed is None:
         values |= {"bf16": settings.precision == "bf16-mixed", "fp16": settings.precision == "fp16-mixed"}
     else:
@@ -120,7 +113,7 @@ def training_arguments(
             values["deepspeed"]["checkpoint"] = {**deepspeed.config.get("checkpoint", {}), "load_universal": True}
     if torch.accelerator.is_available():  # rows are pinned there, and the host need not wait for their copies
         values.setdefault("accelerator_config", {"non_blocking": True})
-    own = {name: values.pop(name) for name in OURS if name in values}
+    own = {name: values.pop(name) for name in trainer_arguments.OURS if name in values}
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     values.pop("save_total_limit", None)
     try:
@@ -163,13 +156,13 @@ def check_names(settings: Distill, *, ranks: int | None = None) -> None:
         # transformers would pass them on or refuse them only when the training begins
         if (problem := _problem(name, value, hints[name])) is not None:
             raise UserError(f"distill.trainer.{name}: {problem} (got {value!r})")
-    given = {name: parameter.default for name, parameter in known.items()} | DEFAULTS | trainer
+    given = {name: parameter.default for name, parameter in known.items()} | trainer_arguments.DEFAULTS | trainer
     _check_makers(given)
-    config = read_deepspeed(settings.deepspeed)
+    config = trainer_arguments.read_deepspeed(settings.deepspeed)
     if ranks is None:
         config = {key: value for key, value in config.items() if key not in DEEPSPEED_BATCH}
     else:
-        given |= dict(zip(BATCH_SPLIT, batch_split(settings, ranks=ranks), strict=True))
+        given |= dict(zip(trainer_arguments.BATCH_SPLIT, batch_split(settings, ranks=ranks), strict=True))
     given |= {name: config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
     asked = HfTrainerDeepSpeedConfig(config)  # which transformers would look at when all is prepared
     asked.trainer_config_process(SimpleNamespace(**given, world_size=ranks or 1))
@@ -191,7 +184,7 @@ def _problem(name: str, value: Any, hint: Any) -> str | None:
         TypeAdapter(choices[0] if choices else hint).validate_python(value, strict=not choices)
     except ValidationError as error:
         return demand(error.errors()[0])
-    return out_of_range(name, value)
+    return trainer_arguments.out_of_range(name, value)
 
 
 def _check_makers(given: Mapping[str, Any]) -> None:
@@ -281,13 +274,13 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     Raises:
         UserError: a file that is missing or no JSON, or settings that shoal knows to be wrong.
     """
-    config = read_deepspeed(settings.deepspeed)
+    config = trainer_arguments.read_deepspeed(settings.deepspeed)
     zero = config.setdefault("zero_optimization", {})
-    stage, said = zero.setdefault("stage", 0), precisions_said(config)
+    stage, said = zero.setdefault("stage", 0), trainer_arguments.precisions_said(config)
     # a stage knows what `auto` is in its run directory and has put it in; settings on their own ask the device
     precision = said[0] if said else settings.precision
     if precision == "auto":
-        precision = trained_in(config, fast_dtype(device()).dtype)
+        precision = trainer_arguments.trained_in(config, fast_dtype(device()).dtype)
     for is_wrong, message in _wrong(config, settings, precision):
         if is_wrong:
             raise UserError(message)
@@ -299,7 +292,7 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     elif precision == "fp16-true":
         config["fp16"] = {**config.get("fp16", {}), "enabled": True}
     elif precision != "float32" and not said:
-        config["torch_autocast"] = {"enabled": True, "dtype": computed_in(precision)}
+        config["torch_autocast"] = {"enabled": True, "dtype": trainer_arguments.computed_in(precision)}
     offload = zero.get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and "optimizer" not in config:
         # torch's own AdamW runs on a CPU as well; DeepSpeed's has to be compiled and does not resume bit by bit
@@ -314,7 +307,7 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
 def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iterator[tuple[bool, str]]:
     """What shoal knows to be wrong of a configuration, and whether it is so; ``precision`` is what comes of both."""
     stage = config["zero_optimization"]["stage"]
-    asked = {*precisions_said(config), *({settings.precision} - {"auto"})}
+    asked = {*trainer_arguments.precisions_said(config), *({settings.precision} - {"auto"})}
     optimizer = config.get("optimizer", {"type": "Adam"})
     kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
     yield (
@@ -346,7 +339,7 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
         "zero1 or higher, or distill.precision: bf16-mixed, which is exact at every stage",
     )
     yield (
-        computed_in(precision) == "float16" and not torch.accelerator.is_available(),
+        trainer_arguments.computed_in(precision) == "float16" and not torch.accelerator.is_available(),
         f"distill.precision: {precision} does not train on a CPU; use auto, and no fp16 in the DeepSpeed configuration",
     )
     yield (

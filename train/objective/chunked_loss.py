@@ -22,16 +22,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 
-from shoal.recipe.losses import (
-    TAID,
-    AdaptiveKL,
-    CrossEntropy,
-    LogitTerm,
-    LossTerm,
-    from_top_k,
-    needs_teacher,
-    temperatures,
-)
+from shoal.recipe import losses
 from shoal.runtime import queued
 
 from .divergences import Softmax, softened, temperature_of, token_losses
@@ -108,7 +99,7 @@ def chunked_head_loss(
     *,
     student_head: Callable[..., Tensor],
     student_parameters: Sequence[Tensor],
-    terms: Sequence[LogitTerm],
+    terms: Sequence[losses.LogitTerm],
     **how: Unpack[How],
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of all terms over all tokens, in nats, a differentiable scalar; and each term's own unweighted
@@ -127,10 +118,10 @@ def chunked_head_loss(
         raise ValueError("no token of this batch is trained on: every label is ignored")
     if isinstance(targets, TopK):
         # other recipes are refused
-        assert all(map(from_top_k, terms))
-        assert temperatures(terms) <= {targets.temperature}
+        assert all(map(losses.from_top_k, terms))
+        assert losses.temperatures(terms) <= {targets.temperature}
     if (inputs := how.get("inputs")) is None:
-        inputs = [TermInput(term.start if isinstance(term, TAID) else 1.0) for term in terms]
+        inputs = [TermInput(term.start if isinstance(term, losses.TAID) else 1.0) for term in terms]
     compiled = how.get("compiled")
     own = block_loss if compiled is None else compiled
     objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N, own, is_compiled=compiled is not None)
@@ -141,7 +132,7 @@ def chunked_head_loss(
 class _Objective:
     """What a chunk's loss depends on besides the student's logits."""
 
-    terms: tuple[LogitTerm, ...]
+    terms: tuple[losses.LogitTerm, ...]
     inputs: tuple[TermInput, ...]
     targets: Dense | TopK | None
     """Of the first `num_asked` tokens."""
@@ -190,7 +181,7 @@ class _Objective:
             if self.is_compiled:
                 _of_any_length(logits_RV, labels_R, teacher, learns.values())
                 for index, term in enumerate(self.terms):
-                    if isinstance(term, TAID):  # moves with every step, and a number would be part of the graph
+                    if isinstance(term, losses.TAID):  # moves with every step, and a number would be part of the graph
                         exact = torch.promote_types(logits_RV.dtype, torch.float32)
                         shares[index] = logits_RV.new_full((), self.inputs[index].share, dtype=exact)
             values_TC[:, place], block_gradient_RV = self.block_loss(
@@ -224,7 +215,7 @@ class Coarse(NamedTuple):
 
 
 def block_loss(
-    terms: Sequence[LogitTerm],
+    terms: Sequence[losses.LogitTerm],
     shares: Sequence[float | Tensor],
     logits_RV: Tensor,
     teacher: Tensor | Coarse | None,
@@ -255,7 +246,7 @@ def _whole(block: _Block, logits_RV: Tensor, teacher: Tensor | None) -> Tensor |
     for temperature in dict.fromkeys(temperature_of(terms[index]) for index in block.learns):
         members = [index for index in block.learns if temperature_of(terms[index]) == temperature]
         q, p = softened(logits_RV, temperature), None
-        if teacher is not None and needs_teacher([terms[index] for index in members]):
+        if teacher is not None and losses.needs_teacher([terms[index] for index in members]):
             p = softened(teacher, temperature)
         total_RV = _sum(block, members, p, q, total_RV)
     return total_RV
@@ -267,7 +258,7 @@ def _coarsened(block: _Block, logits_RV: Tensor, teacher: Coarse) -> Tensor | No
     The student's coarsened distribution is a softmax too, of the kept logits and the log-sum-exp of all others. So
     its gradient goes to the kept words as it is, and that of `another` is spread over the others by their share.
     """
-    text = [index for index in block.learns if isinstance(block.terms[index], CrossEntropy)]
+    text = [index for index in block.learns if isinstance(block.terms[index], losses.CrossEntropy)]
     coarse = [index for index in block.learns if index not in text]
     total_RV = _sum(block, text, None, softened(logits_RV, 1.0), None) if text else None
     if not coarse:
@@ -292,7 +283,7 @@ def _coarsened(block: _Block, logits_RV: Tensor, teacher: Coarse) -> Tensor | No
 class _Block(NamedTuple):
     """What all terms are computed of in a block, and where their values go."""
 
-    terms: Sequence[LogitTerm]
+    terms: Sequence[losses.LogitTerm]
     shares: Sequence[float | Tensor]
     labels_R: Tensor
     learns: Mapping[int, Tensor | None]
@@ -324,9 +315,9 @@ def _sum(block: _Block, members: Sequence[int], p: Softmax | None, q: Softmax, t
     return total
 
 
-def compiles(terms: Sequence[LossTerm]) -> bool:
+def compiles(terms: Sequence[losses.LossTerm]) -> bool:
     """Whether the loss of these terms at the head can be one compiled region: adaptive KL sorts until it has enough."""
-    return not any(isinstance(term, AdaptiveKL) for term in terms)
+    return not any(isinstance(term, losses.AdaptiveKL) for term in terms)
 
 
 def _of_any_length(*values: Any) -> None:
