@@ -1,4 +1,4 @@
-"""docs/first_steps.ipynb: all its cells, as a reader runs them; on the demo model where it is installed."""
+"""The notebooks of docs/: all their cells, as a reader runs them; on the demo model if it is installed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
-from matplotlib.figure import Figure
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM
 
 import shoal
@@ -18,23 +19,31 @@ from shoal.artifacts.artifact import Tabular
 from shoal.model_names import DEMO_MODELS
 from shoal.models.resolve import DEMO_REMEDY
 
-NOTEBOOK = Path(__file__).parents[3] / "docs/first_steps.ipynb"
-SMALLER = {"NUM_DROP": 2, "MEASURED_TOKENS": 256, "TRAINED_TOKENS": 1024, "LENGTH": 128, "ITEMS": 11}
-"""Budgets of a test; 11 is as few items as a sweep of 30 layers takes."""
-SHORT = {"SWEPT": ["knowledge_continuation"], "TASKS": ["knowledge_continuation", "knowledge_reworded_continuation"]}
-"""Tasks of the fewest tokens, for a real model."""
+DOCS = Path(__file__).parents[3] / "docs"
+NAMES = ("first_steps", "own_model")
+SMALLER = {
+    "first_steps": {"MEASURED_TOKENS": 256, "TRAINED_TOKENS": 1024, "LENGTH": 128, "ABLATED_ITEMS": 11, "ITEMS": 11},
+    "own_model": {"TOKENS": 2048, "ITEMS": 10},
+}
+"""Budgets of a test; 11 is as few items as an ablation of 30 layers takes."""
+TABLES = {"first_steps": ["Importance", *["Comparison"] * 3], "own_model": ["Comparison"]}
+FIGURES = {"first_steps": 3, "own_model": 1}
 
 
-def cells(kind: str = "code") -> list[dict[str, Any]]:
-    return [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+def cells(name: str, kind: str = "code") -> list[dict[str, Any]]:
+    notebook = json.loads((DOCS / f"{name}.ipynb").read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
 
 
-def executed(settings: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """The notebook's names and what its cells have shown, with ``settings`` behind its parameters."""
+def trees(name: str) -> list[ast.Module]:
+    return [ast.parse("".join(cell["source"])) for cell in cells(name)]
+
+
+def executed(name: str, settings: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The notebook's names and the values of its cells, with ``settings`` in place of its parameters."""
     names: dict[str, Any] = {}
     shown: list[Any] = []
-    for number, cell in enumerate(cells()):
-        tree = ast.parse("".join(cell["source"]))
+    for number, (cell, tree) in enumerate(zip(cells(name), trees(name), strict=True)):
         shows = isinstance(tree.body[-1], ast.Expr) and not "".join(cell["source"]).rstrip().endswith(";")
         last = ast.Expression(tree.body.pop().value) if shows else None  # pyright: ignore[reportAttributeAccessIssue]
         exec(compile(tree, f"cell {number}", "exec"), names)
@@ -48,42 +57,54 @@ def executed(settings: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
 
 @pytest.mark.prove
 @pytest.mark.parametrize("is_demo", [False, True], ids=["tiny", "demo"])
-def test_all_its_cells_run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_demo: bool) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_all_its_cells_run(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_demo: bool
+) -> None:
     if is_demo and importlib.util.find_spec(DEMO_MODELS["smollm2-135m"][0]) is None:
         pytest.skip(f"the demo model is not installed; run: {DEMO_REMEDY}")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    names, shown = executed({**SMALLER, **(SHORT if is_demo else {"MODEL": str(teacher)})})
+    monkeypatch.setenv("HF_TOKEN", "none")
+    for method in ("create_repo", "repo_info", "upload_folder"):  # which a notebook replaces
+        monkeypatch.setattr(HfApi, method, getattr(HfApi, method))
+    plt.close("all")
+    names, shown = executed(name, {**SMALLER[name], "NUM_DROP": 2, **({} if is_demo else {"MODEL": str(teacher)})})
     tables = [one for one in shown if isinstance(one, Tabular)]
-    assert all(table._repr_html_().count("<tr") > len(names["TASKS"]) for table in tables)
-    assert [type(one).__name__ for one in tables] == ["Importance", "Plan", "Scores", "Comparison", "Comparison"]
-    assert sum(isinstance(one, Figure) for one in shown) == 3
-    assert names["importance"].atlas.columns
-    healed = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
-    assert healed.config.num_hidden_layers == names["importance"].num_layers - 2
-    losses = [row["loss"] for row in names["training"].history if "loss" in row]
-    assert len(losses) == 2
-    assert losses[-1] < losses[0] or not is_demo
+    assert [type(one).__name__ for one in tables] == TABLES[name]
+    assert all("<tr" in table._repr_html_() for table in tables)
+    assert len(plt.get_fignums()) == FIGURES[name]
+    folder = {"first_steps": "distilled", "own_model": "hub"}[name]
+    distilled = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+    assert distilled.config.num_hidden_layers == (28 if is_demo else 4)
+    training = names["training"] if name == "first_steps" else names["run"].training
+    assert len([row for row in training.history if "loss" in row]) > 1
 
 
-def test_it_is_kept_without_outputs_and_calls_what_there_is() -> None:
-    """Numbers of one machine would grow old unseen, and every run would change the file."""
-    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    assert (notebook["nbformat"], notebook["metadata"]["language_info"]["name"]) == (4, "python")
-    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
-    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells())
-    called = {
-        node.attr
-        for cell in cells()
-        for node in ast.walk(ast.parse("".join(cell["source"])))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "shoal"
-    }
-    assert called == {name for name in shoal.__all__ if name.islower()} - {"push_to_hub", "run"}
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_kept_with_the_outputs_of_one_run_from_its_first_cell_to_its_last(name: str) -> None:
+    kept = [None if "log" in cell["metadata"].get("tags", ()) else number for number, cell in enumerate(cells(name), 1)]
+    assert [cell["execution_count"] for cell in cells(name)] == kept
+    outputs = [output for cell in cells(name) for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"execute_result", "display_data", "stream"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[name]
+    assert sum("text/html" in output.get("data", {}) for output in outputs) == len(TABLES[name])
+    assert not [output for output in outputs if output.get("name") == "stderr"]
 
 
-def test_its_links_lead_somewhere() -> None:
-    text = "".join(line for cell in cells("markdown") for line in cell["source"])
+def test_they_use_public_names_only_and_together_every_function_that_makes_something() -> None:
+    nodes = [node for name in NAMES for tree in trees(name) for node in ast.walk(tree)]
+    froms = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert not [module for module in froms if module.startswith("shoal")]
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    called = {node.attr for node in attributes if node.value.id == "shoal"}  # pyright: ignore[reportAttributeAccessIssue]
+    assert called == {name for name in shoal.__all__ if name.islower()} - {"push_to_hub"}  # a run's own
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_links_lead_somewhere(name: str) -> None:
+    text = "".join(line for cell in cells(name, "markdown") for line in cell["source"])
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     assert targets
-    assert all((NOTEBOOK.parent / target).is_file() for target in targets)
+    assert all((DOCS / target).is_file() for target in targets)
