@@ -68,7 +68,7 @@ def test_the_dry_run_of_a_recipe_as_written_passes(
         monkeypatch.setattr(load, "tasks_of", lambda *_, **__: {})
         for name_of in ("checked_items", "num_items"):
             monkeypatch.setattr(evaluate, name_of, lambda *_, **__: {})
-        monkeypatch.setattr(pace, "eval_work", lambda _: Work(7, 7, 700, 0))
+        monkeypatch.setattr(pace, "eval_work", lambda *_: Work(7, 7, 700, 0))
         monkeypatch.setattr(dry_run, "eval_work", pace.eval_work)
     allowed = [f"{ALLOW}=send"] if name == "8b" else []  # it goes to W&B and the Hub
     code = run_verb("run", str(RECIPES / f"{name}.yaml"), [f"run_dir={tmp_path / 'run'}", *allowed], dry_run=True)
