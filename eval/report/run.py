@@ -50,6 +50,15 @@ class Run:
         }
 
 
+def read_story(folder: Path) -> dict[str, Any]:
+    """run.json of a run directory; empty if there is none."""
+    file = folder / "run.json"
+    story = read_json(file)
+    if wrong := next((key for key in ("recipe", "numerics") if not isinstance(story.get(key) or {}, dict)), None):
+        raise UserError(f"{file}: {wrong} must be a mapping, got {type(story[wrong]).__name__}; delete the file")
+    return story
+
+
 def read_run(folder: Path) -> Run:
     """The artifacts of a run directory, whichever exist.
 
@@ -64,7 +73,7 @@ def read_run(folder: Path) -> Run:
         for role in (*ROLES, MODEL)
         if (evaluation := read_result(Scores, folder / "eval" / f"{role}.json")) is not None
     }
-    run_file = read_json(folder / "run.json")
+    run_file = read_story(folder)
     run = Run(
         folder=folder,
         recipe=run_file.get("recipe"),

@@ -19,7 +19,6 @@ from shoal.atomic_files import fingerprint
 from shoal.data.image_rows import ImageReader
 from shoal.data.sources import sources_fingerprint
 from shoal.data.streams import check_source
-from shoal.errors import UserError
 from shoal.machine import ranks_to_start
 from shoal.models.anatomy import refuse_both_directions
 from shoal.models.checkpoint_files import model_fingerprint
@@ -34,6 +33,7 @@ from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, everyone_sees, free_memory, seed_everything
 from shoal.tracking import wandb_run
 
+from .early import student_missing
 from .overlap import search_of_rows
 from .prune import expected_plan, read_goals, read_plan
 from .run import Run, check_length
@@ -82,7 +82,7 @@ def distill(run: Run) -> None:
     if not due:
         return
     if run.dir in due and not everyone_sees(run.dir / "student" / "config.json"):
-        raise _student_is_gone(run)
+        raise student_missing(run.dir)
     spec = training_spec(run, plan, Ranks.here())
     control = control_spec(spec) if recipe.eval.control else None
     from shoal.eval.evaluate import QuickScores  # takes seconds, and nobody needs it where nothing is due
@@ -171,10 +171,6 @@ def _has_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _student_is_gone(run: Run) -> UserError:
-    return UserError(f"{run.dir / 'student'}: is missing; run `shoal prune` to restore it, or choose another run_dir")
-
-
 def refuse_other_checkpoints(run: Run) -> None:
     """Refuse a training that its ranks would refuse, before any is started and before the log promises one.
 
@@ -187,7 +183,7 @@ def refuse_other_checkpoints(run: Run) -> None:
     if not (run.dir / Plan.FILE).is_file():
         return
     if not _has_model(run.dir / "student") and not _has_model(run.dir / "distilled"):
-        raise _student_is_gone(run)
+        raise student_missing(run.dir)
     settings = run.recipe.distill
     for folder, asked in trainings(run, read_plan(run)).items():
         if not (folder / "checkpoints").is_dir() or asked.is_there():

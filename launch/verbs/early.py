@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +18,22 @@ from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
-from shoal.atomic_files import free_disk, make_folder, read_json
+from shoal.atomic_files import cache_dir, free_disk, make_folder, refuse_no_lock, write_text
 from shoal.components import require_layers
 from shoal.compress.free_layers import count_of, goal_of_parameters, goals_asked, refuse_impossible_layers
 from shoal.errors import UserError
-from shoal.eval.report.run import read_run
+from shoal.eval.report.run import read_run, read_story
 from shoal.eval.tasks.names import local_data, refuse_other_limits, refuse_unknown, tasks_named
 from shoal.formatting import bytes_text
 from shoal.inference.vllm import check_vllm
-from shoal.model_names import name_of_model, refuse_no_model, refuse_revision
-from shoal.ranks import refuse_crowd
+from shoal.model_names import DEMO_PREFIX, name_of_model, refuse_no_model, refuse_revision
+from shoal.ranks import NO_GPU, may_have_devices, no_gpu, refuse_crowd
 from shoal.recipe.distill import Live, Recorded
 from shoal.recipe.losses import HiddenStates
 from shoal.recipe.measure import METRICS, no_metric, not_measured
 from shoal.recipe.prune import NO_CORNERSTONE, CutThese
 from shoal.recipe.recipe import Recipe
+from shoal.recipe.remembered import LOCK
 from shoal.recipe.section import AUTO, DataSource
 from shoal.recipe.trainer_arguments import read_deepspeed
 from shoal.tracking.wandb_run import wandb_mode
@@ -40,6 +42,10 @@ MEASURE, SCORE, TRAIN = ("measure", "run"), ("eval", "run"), ("record", "distill
 CUT = ("prune", "distill", "run")
 """Commands that drop layers if there is no student yet."""
 LOAD = ("measure", "prune", *TRAIN, "eval", "lab")
+FIRST_CHARACTERS, FIRST_DOCUMENTS = 4096, 20
+"""Text and documents of a file that are looked at."""
+MANY_TOKENS = 10**8
+"""Tokens that every machine has room for."""
 FILES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     Importance.FILE: (Importance, ("measure", "prune", "run")),
     Plan.FILE: (Plan, (*CUT, "eval")),
@@ -164,25 +170,41 @@ def _crowd(asked: Asked) -> None:
         refuse_crowd(asked.recipe.num_processes)
 
 
+def student_missing(run_dir: Path) -> UserError:
+    """The error of a training whose pruned model was removed."""
+    return UserError(f"{run_dir / 'student'}: is missing; run `shoal prune` to restore it, or choose another run_dir")
+
+
 def _files(asked: Asked) -> None:
-    """Refuse files that are not what their names say."""
-    read_json(asked.folder / "run.json")
+    """Refuse files that are not what their names say, and models that are damaged or missing."""
+    from shoal.models.checkpoint_files import check_checkpoint
+
+    read_story(asked.folder)
     for name, (kind, verbs) in FILES.items():
         if asked.verb in verbs:
             Identity(kind, asked.folder / name, {}, asked.verb).changed()
+    models = {name: (asked.folder / name / "config.json").is_file() for name in ("student", "distilled")}
+    if asked.verb == "distill" and (asked.folder / Plan.FILE).is_file() and not any(models.values()):
+        raise student_missing(asked.folder)
+    for name, is_there in models.items():
+        if is_there and asked.verb in ("distill", *SCORE):
+            check_checkpoint(asked.folder / name)
 
 
 def _data(asked: Asked) -> None:
-    """Refuse local data whose first document cannot be used."""
-    from shoal.data.sources import documents, load_texts, local_files, nothing_in
+    """Refuse local data whose first documents cannot be used."""
+    from shoal.data.sources import documents, load_texts, local_files, nothing_in, opened
 
     for source in _sources(asked):
         if source.path == AUTO or not local_files(source):  # a folder of this name is none of its text
             continue
         if source not in asked.recipe.distill.data:
-            load_texts(source, max_characters=1)
-        elif not source.has_images and not any(each is not None for each in documents(source)):
-            raise nothing_in(source)
+            load_texts(source, max_characters=FIRST_CHARACTERS)
+        elif not source.has_images:
+            read = documents(source)
+            first = [each for each in islice(read, FIRST_DOCUMENTS) if each is not None]
+            if not first and all(each is None for each in read):
+                raise nothing_in(opened(source))
 
 
 def _sources(asked: Asked) -> Iterator[DataSource]:
@@ -217,8 +239,10 @@ def _model(asked: Asked) -> None:
         terms = (term for term in distill.terms if num_layers and isinstance(term, HiddenStates))
         wrong = [layer for term in terms for layer in term.layers or () if not 0 <= layer < (num_layers or 0)]
         require_layers(wrong, num_layers or -1, "distill.losses: hidden_states: layers")
-    from shoal.models.checkpoint_files import refuse_long_rows
+    from shoal.models.checkpoint_files import refuse_long_rows, refuse_no_tokenizer
 
+    if asked.shards and (asked.measures or asked.verb in (*TRAIN, *SCORE)):
+        refuse_no_tokenizer(Path(asked.recipe.model).expanduser())
     for setting, length in lengths.items():
         refuse_long_rows(asked.number("max_position_embeddings"), length, setting)
 
@@ -238,10 +262,13 @@ def _place(asked: Asked) -> None:
     """Refuse a run directory that cannot be made or written to, or has less room than the weights that will be written
     take, as far as the teacher's files tell."""
     folder, prune, num_layers = asked.folder, asked.recipe.prune, asked.number("num_hidden_layers")
+    if asked.recipe.model.startswith(DEMO_PREFIX):
+        make_folder(cache_dir(), setting="SHOAL_CACHE")
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     make_folder(folder)
     if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         raise UserError(f"{folder}: cannot be written (Permission denied); set run_dir to a folder you may write to")
+    refuse_no_lock(folder / LOCK)
     with contextlib.suppress(OSError):  # another process may be writing into it by now
         for made in new:
             made.rmdir()
@@ -259,10 +286,14 @@ def _place(asked: Asked) -> None:
         )
 
 
-def _room(asked: Asked) -> None:
-    from shoal.data.packing import require_room  # loads torch, and this is the last look
+def _machine(asked: Asked) -> None:
+    """Refuse a GPU that is not here, and tokens that have no room. Torch is loaded for what is seldom said."""
+    if asked.recipe.device == "cuda" and not may_have_devices():
+        raise no_gpu(NO_GPU)
+    if asked.measures and asked.recipe.measure.num_tokens > MANY_TOKENS:
+        from shoal.data.packing import require_room
 
-    require_room(asked.recipe.measure.num_tokens, "measure.num_tokens")
+        require_room(asked.recipe.measure.num_tokens, "measure.num_tokens")
 
 
 class Look(NamedTuple):
@@ -290,7 +321,7 @@ LOOKS = (
     Look(_files, LOAD),
     Look(_place, (*LOAD, "report"), if_written=True),
     Look(lambda asked: wandb_mode(asked.recipe.track), (*LOAD, "report", "push"), if_written=True),
-    Look(_room, MEASURE),
+    Look(_machine, LOAD),
 )
 """In this order."""
 
@@ -312,5 +343,7 @@ def init_file(asked: argparse.Namespace) -> Path:
         raise UserError(f"{file.parent}: no such folder; create it, or name another file with --out")
     from shoal.models.download import config_of
 
+    write_text(file, "", setting="--out")  # whether it can be
+    file.unlink()
     config_of(asked.model, asked.revision, with_weights=False)  # refuses what is no model
     return file

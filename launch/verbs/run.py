@@ -26,10 +26,11 @@ from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Scores, Speed
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
-from shoal.atomic_files import make_folder, only_process, read_json, write_json
+from shoal.atomic_files import make_folder, only_process, write_json
 from shoal.compress.surgery.quantised import without_quantization
 from shoal.data.default_text import TRAINING, DefaultText, default_text
 from shoal.errors import UserError
+from shoal.eval.report.run import read_story
 from shoal.formatting import duration_text
 from shoal.machine import DTYPES, device_name, fast_dtype
 from shoal.model_names import refuse_revision
@@ -190,7 +191,7 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     settled = replace(
         recipe, dtype=numerics.dtype, attn_implementation=numerics.attention, distill=distill, max_minutes=None
     )
-    story = agreed(lambda: read_json(Path(recipe.run_dir).expanduser() / STORY))  # refuses a damaged one, whoever asks
+    story = agreed(lambda: read_story(Path(recipe.run_dir).expanduser()))  # refuses a damaged one, whoever asks
     begun = story.get("numerics") or {}
     is_open = any(source.path == AUTO for source in (*recipe.measure.data, *recipe.distill.data))
     is_begun = any((Path(recipe.run_dir).expanduser() / name).is_file() for name in (Importance.FILE, Training.FILE))

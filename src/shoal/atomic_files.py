@@ -107,8 +107,7 @@ def only_process(lock_file: Path, what: str, *, wait_s: float) -> Iterator[None]
     """
     lock = FileLock(lock_file, timeout=wait_s)
     try:
-        if lock_file.is_symlink() or (lock_file.is_file() and lock_file.stat().st_nlink > 1):
-            raise UserError(f"{lock_file}: a link to another file, which locking would empty; remove the link")
+        refuse_no_lock(lock_file)
         lock.acquire()
         lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
@@ -124,6 +123,14 @@ def only_process(lock_file: Path, what: str, *, wait_s: float) -> Iterator[None]
         yield
     finally:
         lock.release()
+
+
+def refuse_no_lock(lock_file: Path) -> None:
+    """Refuse a link or a folder in place of ``lock_file``."""
+    if lock_file.is_symlink() or (lock_file.is_file() and lock_file.stat().st_nlink > 1):
+        raise UserError(f"{lock_file}: a link to another file, which locking would empty; remove the link")
+    if lock_file.is_dir():
+        raise UserError(f"{lock_file}: cannot be locked (Is a directory); remove it, or choose another folder")
 
 
 @contextmanager

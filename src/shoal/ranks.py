@@ -19,6 +19,7 @@ Loudness = Literal["quiet", "usual", "verbose"]
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 """Variables that every launcher gives each of its ranks."""
+NO_GPU = "this machine has no NVIDIA GPU"
 DEVICES = ("nvidia*", "dxg", "kfd", "dri", "accel*", "davinci*")
 """Files in /dev of accelerators that torch knows."""
 
@@ -63,6 +64,16 @@ def allowed_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def may_have_devices() -> bool:
+    """Whether to ask torch for accelerators."""
+    return "torch" in sys.modules or sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in DEVICES)
+
+
+def no_gpu(reason: str) -> UserError:
+    """The error of device: cuda without a GPU."""
+    return UserError(f"device: is cuda, but torch finds no such GPU: {reason}; fix that, or set device: cpu")
+
+
 def refuse_crowd(ranks: int) -> None:
     """Refuse more ``ranks`` on this machine than have a device of their own, or on a CPU a core. Torch counts devices,
     and is loaded for that only if there may be some.
@@ -71,7 +82,7 @@ def refuse_crowd(ranks: int) -> None:
         UserError: naming both numbers; ranks that share a core wait for each other, and a device takes one.
     """
     places, kind = allowed_cores(), "cores"
-    if "torch" in sys.modules or sys.platform != "linux" or any(any(Path("/dev").glob(name)) for name in DEVICES):
+    if may_have_devices():
         import torch
 
         if torch.accelerator.is_available():

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from shoal.errors import UserError
 from shoal.machine import card
-from shoal.ranks import VOICE, free_port, is_main, local_rank, rank, world_size
+from shoal.ranks import NO_GPU, VOICE, free_port, is_main, local_rank, no_gpu, rank, world_size
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def check_device(wanted: str) -> None:
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     reason = "CUDA_VISIBLE_DEVICES hides all" if is_hidden else _why_unseen()
     if wanted == "cuda":
-        raise UserError(f"device: is cuda, but torch finds no such GPU: {reason}; fix that, or set device: cpu")
+        raise no_gpu(reason)
     if GPU.exists() and not is_hidden:
         log.warning(
             "device: everything runs on the CPU, although this machine has a GPU: %s; set device: cpu to confirm",
@@ -84,7 +84,7 @@ def check_device(wanted: str) -> None:
 
 def _why_unseen() -> str:
     if not GPU.exists():
-        return "this machine has no NVIDIA GPU"
+        return NO_GPU
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a build with CUDA"
     told = DRIVER.read_text(encoding="utf-8", errors="replace") if DRIVER.is_file() else ""

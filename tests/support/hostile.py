@@ -58,6 +58,7 @@ DAMAGE: dict[str, Any] = {
     "cut": cut,
     "LONG": "a" * 300,
     "copied": lambda name: lambda path: shutil.copytree(path.parent / name, path),
+    "copied_file": lambda name: lambda path: shutil.copy(path.parent / name, path),
     "moved": lambda name: lambda path: path.rename(path.with_name(name)),
     "link": lambda to: lambda path: path.symlink_to(to),
     "hard_link": lambda to: lambda path: path.hardlink_to(path.parent / to),

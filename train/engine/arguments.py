@@ -178,13 +178,13 @@ def refuse_mismatches(asked: HfTrainerDeepSpeedConfig, place: str) -> None:
 
 def _problem(name: str, value: Any, hint: Any) -> str | None:
     choices = [kind for kind in get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Enum)]
-    if isinstance(value, str) and name.endswith("_kwargs"):  # which transformers would read as JSON
-        return "must be a mapping of settings"
+    if (problem := trainer_arguments.wrong_value(name, value)) is not None:
+        return problem
     try:
         TypeAdapter(choices[0] if choices else hint).validate_python(value, strict=not choices)
     except ValidationError as error:
         return demand(error.errors()[0])
-    return trainer_arguments.out_of_range(name, value)
+    return None
 
 
 def _check_makers(given: Mapping[str, Any]) -> None:
@@ -310,10 +310,6 @@ def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iter
     asked = {*trainer_arguments.precisions_said(config), *({settings.precision} - {"auto"})}
     optimizer = config.get("optimizer", {"type": "Adam"})
     kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
-    yield (
-        stage not in (0, 1, 2, 3),
-        f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {stage!r})",
-    )
     yield (
         "scheduler" in config,
         "distill.deepspeed: `scheduler` is not supported; set lr_scheduler_type under distill.trainer",

@@ -118,7 +118,8 @@ class Artifact:
             refuse_schema(body, cls.schema())
             made, internal = (part if isinstance(part := body.get(key), dict) else {} for key in ("made", "internal"))
             body |= {name: internal[name] for name in cls.INTERNAL if name in internal}
-            origin = {name: part[name] for part in (made, internal) for name in part if name != "shoal"}
+            origin: dict[str, Json] = {"environment": {}, "created": ""}  # what is read was not made now
+            origin |= {name: part[name] for part in (made, internal) for name in part if name != "shoal"}
             artifact = cls._whole({**cls.completed(body, path), "provenance": origin})
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file; run the stage that makes it first") from error

@@ -202,7 +202,7 @@ def local_files(source: DataSource) -> list[Path] | None:
     Of a folder those that are named after the split (`train.jsonl`, `train-00000-of-00002.parquet`), else all.
     """
     path, kinds, picks = Path(source.path).expanduser(), ", ".join(READERS), source.split != DataSource.split
-    is_path = source.path.startswith((".", "/", "~")) or path.suffix.lower() in READERS
+    is_path = source.path.startswith((".", "/", "~")) or path.suffix.lower() in READERS or source.path.count("/") > 1
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in files if file.is_file() and file.suffix.lower() in READERS]
     of_split = [file for file in files if file.stem == source.split or file.stem.startswith(f"{source.split}-")]
@@ -232,6 +232,7 @@ def _file_rows(file: Path) -> Iterable[dict[str, Any]]:
         _refuse_deep(file)
     from datasets import config, load_dataset
 
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it says of a torn file, shoal does
     had, config.TORCH_AVAILABLE = config.TORCH_AVAILABLE, "torch" in sys.modules  # which it would load for its workers
     try:
         return load_dataset(reader, data_files=str(file), split="train", streaming=True)

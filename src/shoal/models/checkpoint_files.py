@@ -25,6 +25,7 @@ MOST = {"num_hidden_layers": 100_000, "hidden_size": 2**24, "vocab_size": 2**30,
 """Numbers of a config.json that have to be above 0 -> no model has more."""
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 """Ends of the names of architectures that read text and write none."""
+NO_TOKENIZER = "no usable tokenizer ({}); copy the base model's tokenizer files there"
 NOT_CAUSAL = "is not a causal language model of transformers (one that writes text from left to right); give one"
 WRONG_SHAPES = f"the weights do not have the shapes that config.json gives; {DOWNLOAD_AGAIN}"
 SAMPLE_BYTES = 64 * 1024
@@ -154,6 +155,7 @@ def check_checkpoint(folder: Path) -> None:
     A safetensors file says in its header how long it must be, so that a torn file shows without reading its data.
     """
     check_config(folder)
+    json_or_empty(folder / "tokenizer_config.json")
     shapes = [(name, tensor.shape) for shard in read_shards(folder) for name, tensor in shard.tensors.items()]
     widths = {shape[-1] for name, shape in shapes if len(shape) == 1 or (shape and ("emb" in name or "wte" in name))}
     if widths and text_part(json_or_empty(folder / "config.json")).get("hidden_size") not in {*widths, None}:
@@ -255,6 +257,12 @@ def sampled_ranges(start: int, end: int) -> list[tuple[int, int]]:
 def has_tokenizer(folder: Path) -> bool:
     """Whether any file of a tokenizer lies there."""
     return any(any(folder.glob(pattern)) for pattern in TOKENIZER_PATTERNS)
+
+
+def refuse_no_tokenizer(folder: Path) -> None:
+    """Refuse a folder in which no file of a tokenizer lies."""
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder}: {NO_TOKENIZER.format('FileNotFoundError: the tokenizer files are missing')}")
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -46,7 +46,7 @@ def config_of(name: str, revision: str | None, *, with_weights: bool = True) -> 
     folder = Path(name).expanduser()
     if not (is_here := folder.exists()):
         folder = download(name, revision, patterns=CONFIGS)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if json_or_empty(folder / ADAPTER_CONFIG):
         return {}
     if is_here:
         check_checkpoint(folder) if with_weights else check_config(folder)

@@ -35,13 +35,14 @@ from shoal.models.anatomy import text_config
 from shoal.models.attention import implementation
 from shoal.models.checkpoint_files import (
     DOWNLOAD_AGAIN,
+    NO_TOKENIZER,
     NOT_CAUSAL,
     WRONG_SHAPES,
     Shard,
     check_checkpoint,
     check_config,
-    has_tokenizer,
     read_shards,
+    refuse_no_tokenizer,
 )
 from shoal.models.families import family
 from shoal.progress import doing
@@ -88,9 +89,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         UserError: none there, a damaged one, one that needs code, one with neither pad nor end token, or with more
             tokens than the model beside it has embeddings.
     """
-    with _explained(folder, "no usable tokenizer ({}); copy the base model's tokenizer files there"):
-        if not has_tokenizer(folder):  # of some families transformers would make one that knows no word
-            raise FileNotFoundError("the tokenizer files are missing")
+    refuse_no_tokenizer(folder)  # of some families transformers would make one that knows no word
+    with _explained(folder, NO_TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not isinstance(tokenizer.model_max_length, int | float):
             raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}")

@@ -50,6 +50,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_steps": (-1, MOST),
 }
 """Training arguments that are at least the first and below the second number; transformers looks at few of them."""
+WHOLE = {"dataloader_num_workers", "save_total_limit", "max_steps", *BATCH_SPLIT}
+"""Those of them that are whole numbers."""
 NEUTRAL = {
     *("save_steps", "save_strategy", "save_total_limit"),
     *("logging_steps", "disable_tqdm", "dataloader_num_workers", "ddp_timeout"),
@@ -80,7 +82,9 @@ def wrong_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
         elif name not in TRAINING_ARGUMENTS:
             hint = meant(name, TRAINING_ARGUMENTS, known, cutoff=0.7)
             yield f"distill.trainer.{name}: no such training argument; {hint}"
-        elif name in RANGES and (problem := out_of_range(name, trainer[name])) is not None:
+        elif name not in RANGES and isinstance(trainer[name], int | float):
+            continue  # which transformers knows
+        elif (problem := wrong_value(name, trainer[name])) is not None:
             yield f"distill.trainer.{name}: {problem} (got {trainer[name]!r})"
     seconds = trainer.get("ddp_timeout", 1)
     if not isinstance(seconds, int) or isinstance(seconds, bool) or seconds < 1:
@@ -94,9 +98,16 @@ def wrong_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
             yield f"distill.trainer.{row['place']}: {value} {row['why']}"
 
 
-def out_of_range(name: str, value: Any) -> str | None:
-    """What is wrong with ``value`` of the training argument ``name``, where that is a number that is too small or too
-    large."""
+def wrong_value(name: str, value: Any) -> str | None:
+    """What is wrong with ``value`` of the training argument ``name``, as far as RANGES and its name tell."""
+    if name in WHOLE and type(value) is not int and (name, value) != ("save_total_limit", None):
+        return "must be a whole number"
+    if name in RANGES.keys() - WHOLE and type(value) not in (int, float):
+        return "must be a number"
+    if name == "gradient_checkpointing" and not isinstance(value, bool | None):
+        return "must be a boolean"
+    if name.endswith("_kwargs") and isinstance(value, str):  # which transformers would read as JSON
+        return "must be a mapping of settings"
     least, end = RANGES.get(name, (-MOST, MOST))
     if isinstance(value, int | float) and not least <= value < end:
         return f"must be from {least:g} to below {end:g}"
@@ -168,6 +179,8 @@ def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
                 )
             if section is None or section.get("enabled") == "auto":
                 del parts[name]
+    if (stage := config.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2, 3):
+        raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {stage!r})")
     cast = config.get("torch_autocast", {})
     if cast.get("enabled") and str(cast.get("dtype")).removeprefix("torch.") not in MIXED:
         raise UserError(

@@ -143,4 +143,4 @@ def test_scores_in_a_home_are_found_early(tmp_path: Path, teacher: Path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "importance.json").write_text("{}")
     asked = {"measure": {"metrics": ["angular"]}, "prune": {"metric": "block_influence", "num_drop": 1}}
-    refuse_early("prune", parse_recipe({"model": str(teacher), "run_dir": "~", **asked}))
+    refuse_early("distill", parse_recipe({"model": str(teacher), "run_dir": "~", **asked}), writes=False)

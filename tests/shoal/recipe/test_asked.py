@@ -142,7 +142,7 @@ def test_no_shipped_recipe_asks_for_anything_and_no_argument_is_refused_twice() 
     ("line", "words"),
     [
         ("tags: [!!python/object/apply:os.getcwd []]", "could not determine a constructor"),
-        ("measure: {data: https://their.host/rows}", "cannot be read"),
+        ("measure: {data: https://their.host/rows}", "no such file or folder"),
         ("measure: {data: 'https://their.host/rows.jsonl'}", "no such file or folder"),
         ("measure: {data: rows.pkl}", r"cannot read '\.pkl' files"),
     ],
