@@ -130,21 +130,20 @@ def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
     told = {row.key for row in shares.rows}
     watched = [row for row in rows if row.key in told or (row.column in OUTSIDE and row.has_signal)]
     worse = [row for row in watched if row.verdict("teacher", role) == "worse"]
-    lost = shares.changes.get(("distilled", "control"))
-    if worse:
-        why = f"clearly worse than the teacher on {wording.named_or_counted(worse)}"
-    elif lost and lost.ci_low > 1 - KEPT:
-        why = "the control has clearly more"
-    elif kept.ci_high < KEPT:
-        why = f"less than {100 * KEPT:.0f} % is kept"
-    elif kept.ci_low < KEPT:
+    lost, gain = (shares.changes.get(pair) for pair in (("distilled", "control"), ("pruned", "distilled")))
+    reasons = {
+        f"clearly worse than the teacher on {wording.named_or_counted(worse)}": bool(worse),
+        "the control has clearly more": lost is not None and lost.ci_low > 1 - KEPT,
+        f"less than {100 * KEPT:.0f} % is kept": kept.ci_high < KEPT,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    if why is None and kept.ci_low >= KEPT:
+        return f"Ship: at least {100 * KEPT:.0f} % is kept, and no task outside the trained wording is clearly worse."
+    if why is None:
         both = f"the share kept may be above or below {100 * KEPT:.0f} %"
         return f"Not enough items: {both}; raise eval.limit before you ship."
-    else:
-        return f"Ship: at least {100 * KEPT:.0f} % is kept, and no task outside the trained wording is clearly worse."
     if role == "pruned":
         return f"Distil: {why}."
-    gain = shares.changes.get(("pruned", "distilled"))
     if gain and gain.ci_low > 0:
         return f"Train longer, or drop fewer layers: {why}; training has recovered a part so far."
     return f"Drop fewer layers: {why}; training has not clearly recovered anything."
