@@ -101,7 +101,7 @@ def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
 def refuse(field: str, value: Any, _: Sequence[int]) -> Any:
     """Raise the UserError that says what a cut cannot express and why."""
     raise UserError(
-        f"config.{field}={value!r}: this setting ties layers to each other, and shoal cannot cut it; choose other "
+        f"config.{field}={value!r}: ties layers to each other, and shoal cannot cut them; choose other "
         "layers, or another model"
     )
 

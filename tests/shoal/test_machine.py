@@ -86,7 +86,7 @@ def test_every_auto_is_settled_with_its_reason(tmp_path: Path, caplog: pytest.Lo
     [
         (None, {}, ("sdpa", "flash needs a CUDA GPU, and this device is cpu")),
         ("eager", {}, ("eager", "importance.json of this run directory was made with eager")),
-        ("eager", {"attn_implementation": "sdpa"}, ("sdpa", "the recipe names it")),
+        ("eager", {"attn_implementation": "sdpa"}, ("sdpa", "set by the recipe")),
     ],
 )
 def test_attention_is_what_the_run_was_begun_with_or_what_the_device_can(

@@ -136,7 +136,7 @@ class StubbornConfig(LlamaConfig):
     ("config", "message"),
     [
         (AlternatingConfig(num_hidden_layers=6), r"config.layer_types: is .* after a reload"),
-        (StubbornConfig(num_hidden_layers=6), r"num_hidden_layers: reads 6 after a reload"),
+        (StubbornConfig(num_hidden_layers=6), r"num_hidden_layers: is 6 after a reload"),
     ],
 )
 def test_config_that_does_not_survive_a_reload_is_refused(config: LlamaConfig, message: str) -> None:

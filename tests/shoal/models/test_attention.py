@@ -77,10 +77,10 @@ HALF = {"dtype": "bfloat16", "distill.precision": "float16"}
         (StableLmConfig(), HALF, "is not possible for stablelm, which does not pass document borders to its kernels"),
         (PreTrainedConfig(), HALF, "is not known to work for PreTrainedConfig"),
         (architectures.tiny_config("gemma4"), HALF, "is not known to work for gemma4"),
-        (LlamaConfig(), HALF | {"distill.precision": "float32"}, "and distill.precision is float32"),
+        (LlamaConfig(), HALF | {"distill.precision": "float32"}, "but distill.precision is float32"),
         (LlamaConfig(head_dim=288), HALF, "takes head sizes of a multiple of 8 up to 256, but llama has 288"),
         (LlamaConfig(head_dim=60), HALF, "a multiple of 8 up to 256, but llama has 60"),
-        (LlamaConfig(hidden_size=80, num_attention_heads=4), HALF, "and llama has 20"),
+        (LlamaConfig(hidden_size=80, num_attention_heads=4), HALF, "but llama has 20"),
     ],
 )
 def test_flash_is_refused_where_it_is_not_possible_and_auto_takes_sdpa(
