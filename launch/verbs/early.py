@@ -227,8 +227,8 @@ def _model(asked: Asked) -> None:
         goals = None
         if target is not None and target.params is not None and not (target.memory_gb or target.speedup):
             sizes = _by_layer(asked, num_layers, lambda tensor: math.prod(tensor.shape))
-            goals = sizes and goals_asked([goal_of_parameters(target.params, sum(sizes), sizes[1:])])
-        refuse_impossible_layers(prune, num_layers, goals or None)
+            goals = goals_asked([goal_of_parameters(target.params, sum(sizes), sizes[1:])]) if sizes else None
+        refuse_impossible_layers(prune, num_layers, goals)
     if asked.verb in CUT and target is not None and target.sequence_length is not None:
         lengths["prune.target.sequence_length"] = target.sequence_length
     if asked.verb in TRAIN:

@@ -62,6 +62,7 @@ def whole(once: Callable[..., Path], teacher: Path) -> Callable[[], Path]:
 def test_what_is_wrong_is_said(name: str, teacher: Path, tmp_path: Path, whole: Callable[[], Path]) -> None:
     case = arranged(name, teacher, tmp_path, whole)
     before = sorted(tmp_path.rglob("student/*"))
+    found: Any
     if case.get("apart"):
         found = json.loads(call_apart(apart, case, tmp_path).stderr.splitlines()[-1])
     else:
