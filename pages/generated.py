@@ -44,6 +44,12 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     return re.sub(r"`([\w-]+)\.html`", r"[\1](\1.md)", text) if is_list else text
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Wide tables and code can be scrolled with the keyboard; tables of notebooks look like the others."""
+    html = re.sub(r"<table[^>]*>", '<div class="wide" role="group" aria-label="Table" tabindex="0"><table>', html)
+    return html.replace("</table>", "</table></div>").replace("<pre>", '<pre tabindex="0">')
+
+
 def notebook(file: Path) -> Iterator[str]:
     """The cells of a notebook, and what they show."""
     for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
@@ -52,7 +58,8 @@ def notebook(file: Path) -> Iterator[str]:
         for output in cell.get("outputs", ()):
             shown = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
             text = shown.get("text/plain") or "".join(output.get("text", ()))
-            image = f"![figure](data:image/png;base64,{shown.get('image/png', '').strip()})"
+            last = source.strip().rpartition("\n")[2].translate(str.maketrans("[]", "()"))
+            image = f"![Figure drawn by {last}](data:image/png;base64,{shown.get('image/png', '').strip()})"
             yield image if "image/png" in shown else shown.get("text/html") or f"```text\n{text.strip()}\n```"
 
 

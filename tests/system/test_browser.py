@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 from browser import MISSING, SKIP_REASON, Browser, started_browser
+from compared_runs import write_run as compared_run
 from results import SKILL, choice, evaluation, plan, write_quickstart, write_run
 
 from shoal.artifacts.evaluation import ItemScore, TaskScore
+from shoal.eval.compare.compare import compare_runs
+from shoal.eval.compare.page import write_comparison
 from shoal.eval.report.report import write_report
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict
@@ -41,6 +47,14 @@ while (walker.nextNode()) {
   if (contrast < 4.5) faint.push([contrast, walker.currentNode.data.trim().slice(0, 40)]);
 }
 return [count, faint];
+"""
+ROOT = Path(__file__).parents[2]
+AXE = Path(os.environ.get("AXE", ROOT / "node_modules/axe-core/axe.min.js"))
+RUN_AXE = """
+for (const node of document.querySelectorAll("details")) node.open = true;
+for (const node of document.querySelectorAll(".scroll, .plate")) node.style.background = "none";  // shades hide colours
+return axe.run({resultTypes: ["violations"]}).then((found) => found.violations.filter((rule) => /serious|critical/.test(
+  rule.impact)).map((rule) => [rule.id, ...rule.nodes.map((node) => node.target.join(" "))]));
 """
 
 
@@ -139,6 +153,26 @@ def test_a_screen_reader_finds_its_way(browser: Browser, page: Path) -> None:
     assert browser.run("return document.activeElement.textContent") == "Skip to the results"
     browser.press("Enter")
     assert browser.run("return document.activeElement.id") == "main"
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="axe-core not found (docs/contributing.md has the command)")
+@pytest.mark.parametrize("of", ["report", "comparison", "site"])
+def test_axe_finds_nothing_serious(browser: Browser, page: Path, quickstart: Path, of: str, tmp_path: Path) -> None:
+    pages = [page, quickstart]
+    if of == "comparison":
+        runs = [compared_run(tmp_path / name) for name in ("one", "other")]
+        pages = [write_comparison(compare_runs(runs), tmp_path / "out")]
+    elif of == "site":
+        pytest.importorskip("material", reason="needs the extra docs")
+        command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", tmp_path]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        pages = [tmp_path / f"{name}.html" for name in ("index", "docs/first_steps", "docs/how-to/ship")]
+    for own, width, scheme in product(pages, (1280, 390), ("light", "dark")):
+        browser.prefer(scheme)
+        browser.resize(width, 900)
+        browser.open(own)
+        assert browser.run(AXE.read_text(encoding="utf-8") + RUN_AXE) == [], (own.name, width, scheme)
+        assert browser.run("return document.documentElement.scrollWidth") <= width, own.name
 
 
 # --- what is seen first, on a screen and on a phone ------------------------------------------------------------------
