@@ -94,7 +94,9 @@ def hostile(task: TaskScore) -> TaskScore:
 def test_nothing_planted_runs_and_nothing_is_asked_for(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
-    assert "window.planted" in browser.run("return document.querySelector('.flips').textContent")
+    assert "window.planted" in browser.run(
+        "return [...document.querySelectorAll('.flips')].map((own) => own.textContent).join()"
+    )
     assert browser.run("return window.planted ?? null") is None
     assert browser.run(
         "return ['script', 'style', 'img', 'title'].map((t) => document.querySelectorAll(t).length)"
@@ -204,7 +206,7 @@ def test_the_first_screen_says_what_was_lost_and_what_came_back(
         "knowledge, generated 38 % [29, 48] 1 % [0, 5] 47 % [38, 57]",
         "knowledge, option text 93 % [86, 97] 64 % [54, 73] 85 % [77, 91]",
         "reasoning, one step, option text 48 % [38, 58] 35 % [26, 45] 46 % [37, 56]",
-        "reasoning, worked answers nats per token, lower is better 1.21 [1.15, 1.26] 1.96 [1.91, 2.02] 0.25",
+        "reasoning, worked answers nats per token, lower is better 1.21 [1.15, 1.27] 1.96 [1.91, 2.02] 0.25",
         "perplexity, running text lower is better 12.9 [11.4, 14.3] 31.5 [28.0, 35.1] 17.3 [15.7, 18.9]",
     ]
     for line in lines[:at_least]:
