@@ -168,7 +168,7 @@ def test_axe_finds_nothing_serious(browser: Browser, page: Path, quickstart: Pat
         pytest.importorskip("material", reason="needs the extra docs")
         command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", tmp_path]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-        pages = [tmp_path / f"{name}.html" for name in ("index", "docs/first_steps", "docs/how-to/ship")]
+        pages = [tmp_path / f"{name}.html" for name in ("index", "docs/first_steps", "docs/how-to/publish")]
     for own, width, scheme in product(pages, (1280, 390), ("light", "dark")):
         browser.prefer(scheme)
         browser.resize(width, 900)
