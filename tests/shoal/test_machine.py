@@ -182,8 +182,9 @@ def takes(monkeypatch: pytest.MonkeyPatch, minutes: float) -> None:
     """The whole recipe takes so many minutes, half of them for scores."""
 
     def seconds(run: Run) -> float:
-        assert isinstance(run.recipe.eval.limit, dict)
-        return 30 * minutes * (run.recipe.distill.num_tokens / 81_920 + run.recipe.eval.limit["default"] / 100)
+        limits = run.recipe.eval.limit
+        assert isinstance(limits, dict)
+        return 30 * minutes * (run.recipe.distill.num_tokens / 81_920 + (limits["default"] or 0) / 100)
 
     monkeypatch.setattr(pace, "run_seconds", seconds)
 

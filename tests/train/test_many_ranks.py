@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from jobs import CUT, spec_of
 from ranks import as_rank, call_on_ranks
+from torch._C import _distributed_c10d as _c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ RANKS = 64
 
 def _shards_of_rank_0(_rank: int, _ranks: int, stage: int) -> None:
     os.environ.update(as_rank(0, RANKS), LOCAL_SIZE="8", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    dist.set_debug_level(dist.DebugLevel.OFF)  # torch wraps groups for DETAIL in one that the fake has no part for
+    _c10d.set_debug_level(_c10d.DebugLevel.OFF)  # torch wraps groups for DETAIL in one that the fake has no part for
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     import deepspeed
 
