@@ -266,7 +266,7 @@ def _size(run: Run, max_minutes: float, begun: dict[str, Any]) -> tuple[float, s
     if seconds <= 1.05 * limit:
         return 1.0, ""
     # a line between both ends lies above the time, which stops falling with the items
-    share = least + (1 - least) * max(0.0, (limit - fewest) / (seconds - fewest))
+    share = least + (1 - least) * max(0.0, limit - fewest) / max(seconds - fewest, 1e-9)
     share = math.floor(SHARES * share + 1e-9) / SHARES
     taken = fewest + (seconds - fewest) * (share - least) / (1 - least)
     return share, (

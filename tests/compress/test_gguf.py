@@ -206,7 +206,7 @@ def test_converter_is_found_in_a_checkout_or_the_remedy_named(tmp_path: Path, mo
     fake_converter(tmp_path / "llama.cpp", monkeypatch, "")
     assert find_converter() == tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
     monkeypatch.setenv(gguf_module.CONVERTER_VARIABLE, str(tmp_path / "elsewhere"))
-    with pytest.raises(UserError, match=r"SHOAL_LLAMA_CPP=.*elsewhere: holds no convert_hf_to_gguf.py; set it to a"):
+    with pytest.raises(UserError, match=r"SHOAL_LLAMA_CPP=.*elsewhere: has no convert_hf_to_gguf.py; set it to a"):
         find_converter()
     monkeypatch.delenv(gguf_module.CONVERTER_VARIABLE)
     monkeypatch.setattr(gguf_module, "CONVERTER_PACKAGE", "no_such_package")

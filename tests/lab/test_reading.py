@@ -99,7 +99,7 @@ def test_parts_survive_the_disk_and_are_told_and_drawn(tmp_path: Path) -> None:
         "retrieval/generation: acc lost (n = 80)",
         "knowledge/continuation: acc lost (n = 80)",
         "language/rolling: nats per token added (n = 80)",
-        "Share kept, likelihood less generation",
+        "Share kept, likelihood minus generation",
     ]
     lines = {line.get_label(): line for line in figure.axes[1].lines}
     assert list(lines["reading"].get_ydata()) == pytest.approx([n / 80 for n in READ["retrieval_generation"]])  # pyright: ignore

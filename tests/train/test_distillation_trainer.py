@@ -289,10 +289,7 @@ def all_frozen() -> PreTrainedModel:
             r"peft_config: 4-bit weights and ZeRO 3 can only merge adapters with the student's files",
         ),
         ({"peft_config": LoraConfig(use_dora=True)}, r"peft_config.use_dora: is True; remove it, adapters here are"),
-        (
-            {"peft_config": LoraConfig(target_modules=".*proj")},
-            r"peft_config.target_modules: is '.\*proj'; leave it out",
-        ),
+        ({"peft_config": LoraConfig(target_modules=".*proj")}, r"peft_config.target_modules: is '.\*proj'; remove it"),
         (
             {"teacher_model_init_kwargs": {"dtype": "float32"}},
             r"teacher_model_init_kwargs: applies only to a teacher given",
@@ -301,7 +298,7 @@ def all_frozen() -> PreTrainedModel:
             {"losses": "forwards_kl"},
             r"shoal.DistillationConfig: losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
-        ({"model": with_unknown_attention()}, r"model: its attention is paged.sdpa, of which llama is not known"),
+        ({"model": with_unknown_attention()}, r"model: its attention is paged.sdpa, which for llama is not known"),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
         ({"model": all_frozen(), "trainable": None}, r"model: no weight requires a gradient; set trainable"),
         ({"args": {"label_smoothing_factor": 0.1}}, r"args.label_smoothing_factor: the loss is `losses`"),

@@ -301,7 +301,8 @@ def test_a_spike_ends_the_run_and_a_resume_knows_what_is_usual(teacher, cut, tmp
         assert refused.result is not None
         assert refused.result.returncode == 2, refused.log[-3000:]
         assert re.search(
-            r"step 18: the loss is .*, more than distill\.stop_on_spike: 10 times .* the 17 steps before", refused.log
+            r"step 18: the loss is .*, more than distill\.stop_on_spike \(10\) times .* the 17 steps before",
+            refused.log,
         )
         assert ("resuming from" in refused.log) == (lives == 1)
         assert kept_batches(refused, steps) == dealt_rows(refused, steps)

@@ -118,7 +118,7 @@ class Plan(Tabular, Artifact):
     FILE: ClassVar[str] = "plan.json"
     INTERNAL = ("gaps", "width", "text", "student")
 
-    num_layers: int
+    num_layers: Annotated[int, Field(ge=1, le=100_000)]
     """Layers of the teacher."""
     drop: tuple[int, ...]
     """Dropped layers, strictly increasing."""

@@ -198,8 +198,10 @@ def check_config(folder: Path) -> None:
     for section, (name, most) in itertools.product((config, text_part(config)), MOST.items()):
         if isinstance(count := section.get(name), int) and not 0 < count <= most:
             raise UserError(f"{folder}: config.json has {name}: {count}; correct it, or {DOWNLOAD_AGAIN}")
-    names = config.get("architectures")
-    if isinstance(names, list) and names and str(names[0]).endswith(NO_DECODERS):
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder}: config.json has architectures: {names!r}; set it to a list with the class's name")
+    if names and names[0].endswith(NO_DECODERS):
         raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
 
 

@@ -83,7 +83,7 @@ def test_merged_models_are_proven_in_all_families(kind: str, tmp_path: Path) -> 
     ("layers", "message"),
     [
         ((1, 3), r"layers: must be neighbours in increasing order"),
-        ((5, 6), r"layers 5..6: the model has the layers 0 to 5"),
+        ((5, 6), r"layers 5..6: this model has the layers 0 to 5"),
     ],
 )
 def test_what_cannot_be_is_refused(layers: tuple[int, ...], message: str, tmp_path: Path) -> None:

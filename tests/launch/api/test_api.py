@@ -310,7 +310,7 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
         ),
         (
             lambda m, t: healed(m, t, trainer={"save_steps": 5}),
-            r"trainer.save_steps: shoal.distill saves nothing; use shoal.DistillationTrainer",
+            r"trainer.save_steps: shoal.distill saves nothing; remove it, or use shoal.DistillationTrainer",
         ),
         (
             lambda m, t: healed(m, t, teacher_text=1),

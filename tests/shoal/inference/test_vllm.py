@@ -63,7 +63,7 @@ def test_text_that_is_there_is_read_without_the_engine_and_on_several_ranks(
     distill = {"data": ["python_docs", {"path": "python_docs", "generate": {"backend": "vllm"}}]}
     settings = {"model": str(tmp_path / "model" / "llama"), "distill": distill}
     refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path)}))
-    with pytest.raises(UserError, match=r"^distill\.data\.1\.generate\.backend: vllm is not installed here"):
+    with pytest.raises(UserError, match=r"^distill\.data\.1\.generate\.backend: vllm is not installed"):
         refuse_early("distill", parse_recipe({**settings, "run_dir": str(tmp_path / "run")}))
 
 

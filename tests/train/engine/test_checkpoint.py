@@ -87,7 +87,7 @@ def flip(folder):
     [
         (lambda folder: (folder / SHARD).write_bytes(b"x"), r"shards/0\.pt has 1 bytes instead of 200"),
         (flip, r"shards/0\.pt does not match its checksum"),
-        (lambda folder: (folder / SHARD).unlink(), r"lacks shards/0\.pt"),
+        (lambda folder: (folder / SHARD).unlink(), r"shards/0\.pt is missing"),
         (lambda folder: (folder / MANIFEST).unlink(), "was not finished"),
         (lambda folder: (folder / MANIFEST).write_text('{"inputs"'), "has a damaged manifest"),
     ],
