@@ -140,7 +140,7 @@ class DepthUse(Artifact):
 
 @dataclass(frozen=True)
 class Settings(Section):
-    """What is measured beside teacher, cut and healed model."""
+    """What is measured with teacher, pruned and distilled model."""
 
     beside: Text | None = None
     """A model with as many layers as the teacher, local or on the Hub: its base, say, or one distilled into its

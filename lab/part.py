@@ -40,7 +40,7 @@ def model_of(run: Run) -> Any:
 
 
 def made_from_teacher(run: Run) -> dict[str, Path]:
-    """The folders of the cut and of the healed model, as far as they are there, by role."""
+    """The folders of the pruned and of the distilled model, as far as they are there, by role."""
     return {role: folder for role, folder in roles(run).items() if role in ("pruned", "distilled")}
 
 

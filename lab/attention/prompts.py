@@ -148,6 +148,7 @@ def look_up_pairs(count: int, tokenizer: PreTrainedTokenizerBase, *, seed: int) 
 
 def _corrupted(kind: Corruption, item: Item, seed: int) -> Iterator[Item]:
     """What may be a counterpart of ``item``, in a random order."""
+    # the seed keeps the setting's first name, so that counterparts are those of earlier tables
     rng, end = generator("twins", "eval", seed, item=item.id, kind=kind), item.context.index("}") + 1
     data, ask = item.context[:end], item.context[end:]
     pairs: dict[str, str] = json.loads(data[data.index("{") :])

@@ -120,6 +120,7 @@ def assigned_forms(forms: Sequence[F], asked: Value, task: str, num_items: int) 
     groups = {"trained": [f for f in forms if not f.reworded], "reworded": [f for f in forms if f.reworded]}
     check_choice(f"{task} form", asked, [*groups, *(form.name for form in forms)])
     chosen = groups.get(str(asked)) or [form for form in forms if form.name == asked]
+    # the seed keeps the column's first name, so that every item is the one that earlier tables asked
     rng = random.Random(digest("form", task, "twin" if asked == "reworded" else asked))
     shuffled: list[F] = []
     while len(shuffled) < num_items:
