@@ -185,12 +185,13 @@ def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
         shown = [example.partition("  ")[::2] for example in row.examples]
         width = max(len(words) for words, _ in shown)
         examples = "\n".join(f"  shoal {verb} {words:<{width}}  {what.strip()}" for words, what in shown)
+        repository = " [OWNER/NAME]" * (verb == "push")
         sub = verbs.add_parser(
             verb,
             help=row.help,
             description=f"{row.help}\n\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            usage=f"shoal {verb} RECIPE | RUN_DIR | MODEL [--option value | section.key=value ...]"
+            usage=f"shoal {verb} RECIPE | RUN_DIR | MODEL{repository} [--option value | section.key=value ...]"
             if row.reads_recipe
             else None,
             allow_abbrev=False,

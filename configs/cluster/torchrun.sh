@@ -6,9 +6,9 @@ set -euo pipefail
 
 node=$1
 shift
-export PYTHONSAFEPATH=1          # modules come from no current folder
+export PYTHONSAFEPATH=1          # do not import modules from the current folder
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) / ${GPUS:-8}))}"     # else 1
-# a rank that dies takes the others with it: all begin again, from the last checkpoint
+# if a rank dies, torchrun restarts all ranks, which resume at the last checkpoint
 torchrun --max-restarts="${RESTARTS:-3}" \
     --nnodes="${NODES:-2}" --nproc-per-node="${GPUS:-8}" --node-rank="$node" \
     --master-addr="$FIRST_NODE" --master-port="${PORT:-29500}" \

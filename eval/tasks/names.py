@@ -167,7 +167,8 @@ def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> 
     texts = [[file.name, file.read_text(encoding="utf-8", errors="replace")] for file in files]
     rows = sorted({Path(name) for _, text in texts for named in ROWS.findall(text) for name in glob(named)})
     known = [[str(path), known_hash(path)] for path in rows if path.is_file()]
-    return fingerprint([[asdict(data) for data in data_sets.values()], texts, *([known] if known else [])])
+    asked = [asdict(data) | {"about": ""} for data in data_sets.values()]
+    return fingerprint([asked, texts, *([known] if known else [])])
 
 
 def _folders_there(include_path: str | Path | None) -> tuple[Path, ...]:

@@ -13,6 +13,7 @@ from shoal.data.bundled import ABOUT
 from shoal.progress import loading
 from shoal.recipe.evaluate import CONFIGS_DIR, SUITES, read_suite
 from shoal.recipe.losses import LOGIT_TERMS, HiddenStates
+from shoal.task_words import COLUMNS
 
 from .explain import table
 
@@ -31,7 +32,8 @@ def tasks() -> Names:
 
     described, _ = described_tasks(task_folders(None))
     names = {
-        name: f"{data.about} [{data.column}]" if data.column else data.about for name, (data, _) in described.items()
+        name: f"{data.about} [{COLUMNS[data.column]}]" if data.column else data.about
+        for name, (data, _) in described.items()
     }
     return names | dict.fromkeys(tasks_in_files(HUB_TASKS_DIR), "a group of tasks in its own file")
 
@@ -71,6 +73,12 @@ LISTS: dict[str, Callable[[], Names]] = {
     function.__name__: function for function in (recipes, tasks, metrics, losses, data, suites, cluster)
 }
 """Word after `shoal list` -> what gives the list."""
+NOTES = {
+    "tasks": "in brackets: relation to the training text. Every task of lm-eval works too.",
+    "metrics": "in brackets: values for layers, for runs of layers, or a greedy order; what the metric reads.",
+    "losses": "in brackets: keys.",
+}
+"""Word after `shoal list` -> note below the list."""
 
 
 def told(asked: argparse.Namespace) -> Any:
@@ -79,7 +87,7 @@ def told(asked: argparse.Namespace) -> Any:
         return LISTS[asked.what]() if asked.what else list(LISTS)
     if asked.what is None:
         return "\n".join(f"shoal list {what}" for what in LISTS)
-    rest = ["", "every task that lm-eval ships works too"] if asked.what == "tasks" else []
+    rest = ["", NOTES[asked.what]] if asked.what in NOTES else []
     return "\n".join([*table(LISTS[asked.what]().items()), *rest])
 
 

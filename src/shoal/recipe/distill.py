@@ -187,7 +187,7 @@ class Distill(Section):
     lora: Annotated[Lora | None, Shapes.TRAINING] = None
     """LoRA adapters for the trained layers. Default: train the weights themselves."""
     teacher: Annotated[TeacherSource, Shapes.TRAINING] = Live()
-    """Origin of the teacher's outputs. `live`: run the teacher during training; `recorded`: read stored outputs."""
+    """Teacher that runs during training, or recorded outputs. `live`: run it; `recorded`: read stored outputs."""
     on_policy: Annotated[OnPolicy | None, Shapes.TRAINING] = None
     """Training on the student's own samples. Default: none."""
     watch: Annotated[Watch | None, Shapes.TRAINING] = Watch()
@@ -200,7 +200,7 @@ class Distill(Section):
     `bf16-true` (ZeRO 1 to 3) and `fp16-true`: two-byte weights with float32 copies in the optimizer. `auto`: that of
     the DeepSpeed configuration, else float32 weights with the fastest products of the device."""
     profile: Annotated[tuple[Positive, Positive] | None, Shapes.NOTHING] = None
-    """First and last step for torch.profiler, counted from 1, written to RUN_DIR/profile. Open the files in
+    """First and last step to trace with torch.profiler, counted from 1; files in RUN_DIR/profile. Open the files in
     chrome://tracing or Perfetto. Default: none."""
     trainer: Annotated[dict[str, Any], Shapes.BY_CONTENT, Field(json_schema_extra={"default": DEFAULTS})] = field(
         default_factory=dict

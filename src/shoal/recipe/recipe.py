@@ -78,7 +78,7 @@ class Recipe(Section):
     """Precision for measuring, evaluation and the frozen teacher. `fast`: the fastest one of the device, or the one
     that this run directory started with; `stored`: that of the checkpoint (other libraries call it auto)."""
     max_minutes: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
-    """Minutes that the run may take. If the dry run estimates more for this machine, the run uses fewer tokens (to
+    """Maximum minutes of the run; it uses less data if needed. If the dry run estimates more, it uses fewer tokens (to
     measure, train and score; at least a fifth) and fewer items (at least 60 a task). Log, run.json and report state the
     share, and a run directory keeps it. Default: no limit."""
     attn_implementation: Annotated[
