@@ -320,7 +320,7 @@ def _known(comparison: RunComparison) -> list[str]:
         lines.append(f"Too few items: fewer than {FEW_ITEMS}, so {FEW_ITEMS_MEAN}: {wording.tasks_text(few)}.")
     if silent := [task for task in comparison.tasks if task.task in comparison.silent]:
         asked = wording.tasks_text(silent)
-        lines.append(f"No signal on {asked}: the teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance.")
+        lines.append(f"Near chance: on {asked}, the teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance.")
     if any(cell.difference and cell.difference.few_changed for model in comparison.models for cell in model.cells):
         lines.append(FEW_CHANGED_MEAN)
     return [*lines, *comparison.notes]

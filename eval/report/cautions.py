@@ -205,7 +205,7 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
     silent = [row for row in rows if not row.has_signal]
     unknown = [row for row in silent if row.scores["teacher"].ci_high > row.scores["teacher"].chance + NEAR_CHANCE]
     told = f"The teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance on "
-    ends = ("No conclusion uses these tasks; see “No signal here”.",)
+    ends = ("No conclusion uses these tasks; see “Teacher near chance”.",)
     if at_chance := [row for row in silent if row not in unknown]:
         yield Caution("At chance from the start", f"{told}{named_or_counted(at_chance)}.", ends)
     if unknown:
@@ -235,7 +235,7 @@ def _detectable(row: Row, before: str, after: str) -> str | None:
         return None
     least = minimal_detectable_difference(row.scores[before], row.scores[after])
     if math.isinf(least) or (is_share(row.any_score) and least >= 1):
-        return f"none (too few of {row.any_score.n:,} answers changed)"
+        return f"no change of any size (too few of {row.any_score.n:,} answers changed)"
     size = f"{100 * least:.1f} points" if is_share(row.any_score) else f"{least:.3f} {row.key[2].replace('_', ' ')}"
     return f"{size} ({row.any_score.n:,} items)"
 

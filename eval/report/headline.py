@@ -30,7 +30,7 @@ CHANGES = {
     ("control", "distilled"): "Still lost",
 }
 """(before, after) -> name of the change between them. If there is a control, it shows what is still lost."""
-NOTE = f"“Likely but not confirmed”: the interval excludes 0, but p ≥ {SIGNIFICANT} corrected for all tasks (Holm)."
+NOTE = f"“Likely but not confirmed”: the interval excludes 0, but p ≥ {SIGNIFICANT} after correction (Holm, all tasks)."
 KEPT = 0.9
 """Share of the teacher's score above chance that a model worth shipping keeps."""
 PROTOCOLS_DIFFER = 0.1
@@ -97,18 +97,18 @@ def _came_back(shares: Shares) -> str:
     if (kept := shares.kept.get("distilled")) is None:
         return ""
     change = shares.changes.get(("pruned", "distilled"))
-    gain = f": {wording.points_text((change.value, change.ci_low, change.ci_high), 0)}" if change else ""
+    points = wording.points_text((change.value, change.ci_low, change.ci_high), 0) if change else ""
     if change is not None and change.ci_low <= 0:
-        return f"Distillation does not clearly recover anything{gain}."
+        return f"Distillation does not clearly recover anything: {points}."
     told = "scores above the teacher" if kept.value > 1 else f"keeps {wording.kept_text(kept)}"
-    return f"After training, the distilled model {told}{gain}."
+    return f"After training, the distilled model {told}{points and f', {points} against the pruned model'}."
 
 
 def _still_lost(shares: Shares) -> str:
     if "distilled" not in shares.kept:
         return ""
     if (change := shares.changes.get(("distilled", "control"))) is None:
-        return "No control was trained (eval.control), so this may include what the text teaches any model."
+        return "No control was trained (eval.control), so a gain may come from the text alone."
     told = wording.points_text((change.value, change.ci_low, change.ci_high), 0)
     if change.ci_low > 0:
         return f"Still lost: the control (the teacher after the same training) is {told} ahead."
@@ -145,7 +145,7 @@ def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
     if role == "pruned":
         return f"Distil: {why}."
     if gain and gain.ci_low > 0:
-        return f"Train longer, or drop fewer layers: {why}; training has recovered a part so far."
+        return f"Train longer, or drop fewer layers: {why}; training has recovered part of the loss."
     return f"Drop fewer layers: {why}; training has not clearly recovered anything."
 
 
@@ -227,7 +227,7 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
     timed = run.speed.roles if run.speed else {}
     if "teacher" in timed and (role := _smallest(timed)):
         ratio = speed_ratio(timed[role], timed["teacher"], "decode")
-        told = f" (single rounds: {ratio.limits[0]:.2f} to {ratio.limits[1]:.2f} ×)" if ratio.limits else ""
+        told = f" (timing rounds: {ratio.limits[0]:.2f} to {ratio.limits[1]:.2f} ×)" if ratio.limits else ""
         figures.append((f"{ratio.value:.2f} ×", f"decoding speed{told}"))
     if run.training:
         figures.append((count_text(run.training.num_tokens), "training tokens"))

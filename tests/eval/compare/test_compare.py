@@ -100,7 +100,7 @@ def test_a_task_on_which_the_teacher_guesses_is_in_the_table_but_in_no_sentence_
 
     comparison = compare_runs([write_run(tmp_path / name, scores=guessing) for name in ("one", "other")])
     assert comparison.silent == {"reasoning_continuation"}
-    assert "No signal on reasoning (option text)" in comparison_text(comparison)
+    assert "Near chance: on reasoning (option text)" in comparison_text(comparison)
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
         "Dropped layers (of the base model, counted from 0): 3 to 5",
         "Scores with 95 % intervals",
         "Recovered by distillation: distilled minus pruned",
-        "### No signal here",
+        "### Teacher near chance",
         "## Read with care",
         "## Speed and size",
         'path = "someone/shallow-model"',

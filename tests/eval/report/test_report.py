@@ -39,11 +39,11 @@ def test_a_swept_run_shows_its_atlas(tmp_path: Path) -> None:
 
 def test_tasks_at_chance_are_listed_and_not_hidden(report: tuple[Page, str, Path]) -> None:
     page, markdown, _ = report
-    section = markdown.split("## No signal here")[1].split("\n## ")[0]
+    section = markdown.split("## Teacher near chance")[1].split("\n## ")[0]
     assert "reasoning, generated" in section
     assert "retrieval, option text" not in section
-    assert "reasoning, generated" in markdown.split("## No signal here")[0]
-    assert "No signal here" in page.words
+    assert "reasoning, generated" in markdown.split("## Teacher near chance")[0]
+    assert "Teacher near chance" in page.words
 
 
 def test_protocol_gap_is_share_kept_by_likelihood_minus_generation(report: tuple[Page, str, Path]) -> None:
