@@ -131,7 +131,7 @@ def explanation(place: str | None) -> list[dict[str, Any]]:
         if len(inner) > 1 and all(map(kind_of, inner)):
             said["kinds"] = {kind_of(part): meaning(part) for part in inner}
         elif inner:
-            said["keys"] = {key: words for part in inner for key, words in _keys(part).items()}
+            said["keys"] = {key: words for part in inner for key, words in _keys(part, len(inner) == 1).items()}
         told.append(said)
     return told
 
@@ -198,11 +198,11 @@ def values_text(own: dict[str, Any]) -> str:
     return " ".join([WORDS.get(own.get("type", ""), "anything"), *([" and ".join(limits)] if limits else [])])
 
 
-def _keys(section: dict[str, Any]) -> dict[str, str]:
-    """Key -> its meaning in a line or two, and its default."""
+def _keys(section: dict[str, Any], alone: bool) -> dict[str, str]:
+    """Key -> its meaning in a line or two, and its default; of a section that is not ``alone`` no key must be given."""
     told = {}
     for key, own in section["properties"].items():
-        default = default_text({**own, "is_required": key in section.get("required", ())})
+        default = default_text({**own, "is_required": alone and key in section.get("required", ())})
         told[key] = first_sentence(meaning(own)) + ("" if "$ref" in own else f" [{default}]")
     return told
 
