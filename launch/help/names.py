@@ -75,7 +75,7 @@ LISTS: dict[str, Callable[[], Names]] = {
 """Word after `shoal list` -> what gives the list."""
 NOTES = {
     "tasks": "in brackets: relation to the training text. Every task of lm-eval works too.",
-    "metrics": "in brackets: values for layers, for runs of layers, or a greedy order; what the metric reads.",
+    "metrics": "in brackets: values for layers, for runs of layers, or a greedy order; input of the metric.",
     "losses": "in brackets: keys.",
 }
 """Word after `shoal list` -> note below the list."""
