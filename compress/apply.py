@@ -191,7 +191,7 @@ def _write_from_memory(teacher: Teacher, plan: Plan, folder: Path, new: Sequence
     model = teacher.load()
     with doing("prune: writing the student"):
         layers = {layer: as_stored(model, layer, own.load(layer)) for own in new for layer in own.names}
-        student = with_layers(model, plan.drop, layers, share=True)
+        student = with_layers(model, plan.drop, layers)
         for own in new:
             student.config.update(dict(own.settings))
         student.save_pretrained(folder)

@@ -8,6 +8,7 @@ what is to be printed. What it writes goes to lab/ in the run directory.
     part         what parts share: a result that is made once
     depth_use    what models that descend from each other use their layers for
     diagnostics  who writes, erases and decides along the depth
+    donor        layers of another model in the place of the model's own
     heads        which heads copy what is asked for
     patching     through which states the answer reaches the last token
     reading      reading against writing
@@ -17,5 +18,4 @@ Folders:
 
     attention  what is seen of attention, and prompts for it
     depth      what is seen and changed along the depth
-    edits      parts that change layers: merge, swap
 """

@@ -20,16 +20,11 @@ PARTS: dict[str, str] = {
     "depth_use": "ablation of the layers of teacher, pruned and distilled model on the same tasks, compared",
     "diagnostics": "which layers write, erase and decide: residual flow, logit lens, effects of skipped layers",
     "heads": "which heads copy what is asked for, and the layers that prune.protect should name",
-    "merge": "neighbouring layers merged into one (LaCo)",
     "patching": "through which states an answer reaches the last token, by patching activations",
     "reading": "what a layer does for other tokens of the prompt, and what where an answer is predicted",
-    "swap": "layers of a donor in the place of the model's own",
     "sweeps": "tasks without single heads or key-value groups, with ever fewer layers, with a donor's layers",
 }
 """Name of every part, which is also its module here -> what it says, in a line."""
-
-EDITS = ("merge", "swap")
-"""Parts that are modules of edits/."""
 
 
 def command(asked: argparse.Namespace) -> str:
@@ -60,7 +55,7 @@ def lab(words: Sequence[str]) -> str:
     with loading():
         from shoal.launch.verbs.run import locked, open_run
 
-        part = importlib.import_module(f"shoal.lab.{'edits.' if name in EDITS else ''}{name}")
+        part = importlib.import_module(f"shoal.lab.{name}")
     said: dict[str, Any] = {}
     for override in rest[1:]:
         apply_override(said, override)

@@ -31,7 +31,7 @@ from shoal.models.load import load_model
 from shoal.recipe.section import Positive, Section, Text
 from shoal.runtime import device
 
-from .edits.swap import swapped
+from .donor import swapped
 from .heads import draw_by_head
 from .part import FOLDER, identity, made, model_of, told
 

@@ -2,5 +2,5 @@
 
 layer_edits  the table of what can be taken out of a layer, and hooks that do it
 sublayers    where a layer keeps its attention, MLP and heads
-tensors      of single layers: put in, compared, merged
+tensors      tensors of single layers, put in
 """

@@ -18,7 +18,7 @@ from shoal.errors import UserError
 from shoal.models.document_masks import document_starts
 from shoal.runtime import together
 
-Need = Literal["hidden", "gradients", "weights", "merges", "loss", "tasks"]
+Need = Literal["hidden", "gradients", "weights", "loss", "tasks"]
 Yields = Literal["layers", "runs", "order"]
 
 Layers = tuple[float, ...]
@@ -51,8 +51,8 @@ class Metric:
 
     needs: ClassVar[Need]
     """Work of the pass: "hidden" = one forward without the output head; "gradients" = forwards and backwards; "weights"
-    = nothing; "merges" = a forward of a few texts for every run of layers; "loss" = likelihoods of many variants;
-    "tasks" = no text, but their scores on the tasks of measure.sweep."""
+    = nothing; "loss" = likelihoods of many variants; "tasks" = no text, but their scores on the tasks of
+    measure.sweep."""
     yields: ClassVar[Yields]
     """Shape of the result: "layers" = one score each; "runs" = one for every run of neighbouring layers; "order" = the
     components that go one after the other, where later choices depend on earlier ones."""

@@ -7,14 +7,13 @@ from .hidden_metrics import HIDDEN_METRICS
 from .hidden_pass import hidden_scores
 from .loss_metrics import LOSS_METRICS, loss_scores
 from .metric import Metric, Need, Pass
-from .weight_metrics import LacoAcceptance, Magnitude, Taylor, TaylorPlus, gradient_scores, merge_scores, weight_scores
+from .weight_metrics import Magnitude, Taylor, TaylorPlus, gradient_scores, weight_scores
 
 METRICS: dict[str, type[Metric]] = {
     **HIDDEN_METRICS,
     "magnitude": Magnitude,
     "taylor": Taylor,
     "taylor_plus": TaylorPlus,
-    "laco_acceptance": LacoAcceptance,
     **LOSS_METRICS,
     TASK_ORDER: TaskGreedy,
 }
@@ -24,7 +23,6 @@ PASSES: dict[Need, Pass] = {
     "hidden": hidden_scores,
     "gradients": gradient_scores,
     "weights": weight_scores,
-    "merges": merge_scores,
     "loss": loss_scores,
 }
 """What is needed -> the pass that measures all asked metrics which need it; tasks are scored by a sweep."""

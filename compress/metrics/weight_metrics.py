@@ -1,13 +1,11 @@
-"""Metrics of weights, of their gradients, and of what merging neighbouring layers changes.
+"""Metrics of weights and of their gradients.
 
-N rows, B batch, S sequence, T = B*S tokens, P predicted ones of them, X texts, D hidden, V vocabulary.
+N rows, B batch, S sequence, T = B*S tokens, P predicted ones of them, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,23 +24,13 @@ from shoal.models.load import logits_from_hidden
 from shoal.progress import each
 from shoal.runtime import queued
 
-from ..edits.tensors import PLAIN_DTYPES, laco_factors, merged_layer, refuse_different_kinds, tensors_in_place
-from ..surgery.cut_model import skipped
 from ..surgery.quantised import without_quantization
-from .metric import Calibration, Metric, Need, Result, Yields, add_up_ranks, rank, refuse_fault, world_size
+from .metric import Calibration, Metric, Need, Result, Yields, add_up_ranks, refuse_fault
 
-log = logging.getLogger(__name__)
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 FIRST_PROTECTED, LAST_PROTECTED = 4, 2
 """Layers at either end that Taylor+ never removes."""
-
-NUM_TEXTS = 5
-TEXT_LENGTH = 32
-"""Tokens of a text at most."""
-LONGEST_RUN = 4
-"""Layers that a merge may take away where num_drop does not say how many."""
-WORST = 2.0
-"""1 - cosine of opposite states."""
 
 Matrices = list[dict[str, nn.Parameter]]
 """Per layer: name in the layer -> parameter of two or more dimensions."""
@@ -85,30 +73,6 @@ class TaylorPlus(Taylor):
     The source never removes these six. Here twice the largest Taylor score is added to theirs, so that they go last and
     among themselves in Taylor's order.
     """
-
-
-class LacoAcceptance(_OfWeights):
-    """1 - mean over texts of the cosine of final hidden states, original against merged (LaCo, arXiv:2402.11187).
-
-    The source accepts a merge where the cosine is above a threshold. The run of n layers from l stands for the merge of
-    layers l..l+n into one by equation 1, which takes n layers away; the released code keeps layer l+n as it is, which
-    is dropping this run. Final states are those that the head reads, all tokens of a text as one vector; texts are the
-    beginnings, of at most 32 tokens, of the first five documents. Runs of at most num_drop layers (4 if unset) are
-    tried, so there are fewer rows than in other metrics of runs; each costs one forward of the texts. A run with
-    nothing to merge into (it holds the last layer, or layers of another kind are next to it), or whose merge overflows,
-    scores 2, the worst a cosine allows.
-    """
-
-    needs: ClassVar[Need] = "merges"
-    yields: ClassVar[Yields] = "runs"
-
-    @classmethod
-    def refuse(cls, model: PreTrainedModel, name: str) -> None:
-        if not any(_is_of_one_kind(model, start, 1) for start in range(len(decoder_layers(model)) - 1)):
-            raise UserError(
-                f"measure: {name} merges neighbouring layers of one kind, and this model has none; remove it"
-            )
-        super().refuse(model, name)
 
 
 def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
@@ -242,70 +206,3 @@ def _backward(decoder: Decoder, calibration: Calibration, rows_B: Tensor) -> Ten
     assert leaf_TD.grad is not None
     hidden_TD.backward(leaf_TD.grad)
     return loss
-
-
-def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
-    """LacoAcceptance; ranks share the runs.
-
-    Raises:
-        UserError: quantised or shared layers, a model that is not finite on the texts.
-    """
-    num_layers = len(decoder_layers(model))
-    documents = itertools.islice(calibration.documents(range(len(calibration.rows))), NUM_TEXTS)
-    texts = [document.tokens[:TEXT_LENGTH] for document in documents]
-    original = _final_states(model, texts)
-    if not torch.cat(original).isfinite().all():
-        raise UserError(f"measure: the final hidden states are not finite in {model.dtype}; set dtype: float32")
-    longest = min(calibration.num_drop or LONGEST_RUN, num_layers - 1)
-    runs = [(start, length) for length in range(1, longest + 1) for start in range(num_layers - length)]
-    possible = [run for run in runs if _is_of_one_kind(model, *run)]
-    own = possible[rank() :: world_size()]
-    changes = [_change_by_merging(model, *run, texts, original) for run in each(own, "measure: merges", unit="runs")]
-    scores = torch.zeros(longest, num_layers, dtype=torch.float64)
-    for (start, length), change in zip(own, torch.stack(changes).tolist() if own else (), strict=True):
-        scores[length - 1, start] = WORST if math.isnan(change) else change  # NaN: the merged model overflows
-    (scores,) = add_up_ranks([scores], model.device)  # a run that another rank tried is 0 here
-    rows = tuple(
-        tuple(
-            float(scores[length - 1, start]) if (start, length) in possible else WORST
-            for start in range(num_layers - length + 1)
-        )
-        for length in range(1, longest + 1)
-    )
-    return dict.fromkeys(names, rows)
-
-
-def _change_by_merging(
-    model: PreTrainedModel, start: int, length: int, texts: Sequence[Sequence[int]], original: Sequence[Tensor]
-) -> Tensor:
-    """1 - the mean cosine of the texts' final states with the ``original`` ones, on the model's device."""
-    try:
-        tensors = merged_layer(model, start, laco_factors(length + 1))
-    except UserError as reason:  # an overflow, or tables of the routing that differ
-        log.warning("measure: %s; the run scores %g", reason, WORST)
-        return torch.tensor(WORST, dtype=torch.float64, device=model.device)
-    # the model stays whole: one layer holds the merged weights, those it took in pass their input on
-    with tensors_in_place(model, {start: tensors}), skipped(model, range(start + 1, start + length + 1)):
-        merged = _final_states(model, texts)
-    cosines = [torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(original, merged, strict=True)]
-    return 1 - torch.stack(cosines).mean()
-
-
-@torch.no_grad()
-def _final_states(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """(S, D) of every text. What fills up a short one comes behind it, where it cannot see it."""
-    longest = max(map(len, texts))
-    ids_XS = queued(torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts]), model.device)
-    body: Any = decoder_body(model)
-    with documents_known(None, model.device):
-        states_XSD = body(input_ids=ids_XS, use_cache=False).last_hidden_state
-    return [states_SD[: len(text)].double() for states_SD, text in zip(states_XSD, texts, strict=True)]
-
-
-def _is_of_one_kind(model: PreTrainedModel, start: int, length: int) -> bool:
-    try:
-        refuse_different_kinds(model, range(start, start + length + 1))
-    except UserError as reason:
-        log.debug("layers %d..%d are not merged: %s", start, start + length, reason)
-        return False
-    return True

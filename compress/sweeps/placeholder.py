@@ -19,7 +19,6 @@ from ...eval.tasks.load import tasks_of
 from ..metrics.greedy import HALVES
 from ..metrics.loss_metrics import BlockPruner
 from ..metrics.registry import METRICS
-from ..metrics.weight_metrics import LacoAcceptance
 from .sweep import sweeping
 
 NOTHING = Estimate(0.0, 0.0, 0.0)
@@ -47,8 +46,7 @@ def placeholder_importance(
         if metric.yields == "layers":
             layers[name] = zeros
         elif metric.yields == "runs":
-            longest = min(removals, num_layers - 1) if metric is LacoAcceptance else num_layers
-            runs[name] = tuple(zeros[length:] for length in range(longest))
+            runs[name] = tuple(zeros[length:] for length in range(num_layers))
         else:
             orders[name] = _order(going[:removals], halves=metric is BlockPruner)
     atlas = None

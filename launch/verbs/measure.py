@@ -119,7 +119,7 @@ def _check_metrics(run: Run) -> None:
     from shoal.compress.metrics.registry import METRICS
 
     measure = run.recipe.measure
-    needy = [name for name in measure.metrics if METRICS[name].needs in ("gradients", "weights", "merges")]
+    needy = [name for name in measure.metrics if METRICS[name].needs in ("gradients", "weights")]
     if needy and rooms_to_share(run.teacher, run.config(), run.recipe.dtype, device()):
         raise UserError(
             f"measure.metrics: {needy[0]} needs all weights in memory, more than is free on {device()}; remove it, "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import LAB, Plan
+from shoal.artifacts.plan import Plan
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
@@ -141,12 +141,7 @@ def plan_of(run: Run) -> Identity[Plan]:
 
 
 def plan_inputs(run: Run) -> dict[str, Any]:
-    """What identifies plan.json and student/: the importance layers were chosen by included. Of a student that a part
-    of the lab made it is that part and its settings, whatever the recipe says of `prune`."""
-    path = run.dir / Plan.FILE
-    made = Plan.load(path).provenance.inputs if path.is_file() else {}
-    if LAB in made:
-        return {**made, "model": run.teacher_fingerprint}
+    """What identifies plan.json and student/: the importance layers were chosen by included."""
     prune = run.recipe.prune
     inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
     if not _is_named(run):

@@ -79,9 +79,9 @@ def test_an_eighth_goes_where_nothing_is_said(num_layers: int, count: int) -> No
 
 
 def test_a_run_longer_than_was_measured_is_refused() -> None:
-    scores = importance(laco_acceptance=((0.1,) * NUM_LAYERS, (0.2,) * (NUM_LAYERS - 1)))
+    scores = importance(of_short_runs=((0.1,) * NUM_LAYERS, (0.2,) * (NUM_LAYERS - 1)))
     with pytest.raises(UserError, match=r"runs of up to 2 layers, but 3 are to be dropped; drop fewer, or choose"):
-        choose(scores, num_drop=3, contiguous=True, metric="laco_acceptance", protect=())
+        choose(scores, num_drop=3, contiguous=True, metric="of_short_runs", protect=())
 
 
 def test_contiguous_takes_the_cheapest_run_without_a_protected_layer() -> None:

@@ -36,7 +36,7 @@ LEVELS = (
     ("launch.verbs", "launch.help"),
     ("launch.api",),
     ("launch",),
-    ("lab.attention", "lab.depth", "lab.edits"),
+    ("lab.attention", "lab.depth"),
     ("lab",),
 )
 """Folders from the lowest to the highest: a module imports its own folder and folders of lower levels, no others."""

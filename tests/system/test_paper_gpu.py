@@ -90,7 +90,6 @@ WAITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(HIDDEN_METRICS, (8, 2)),
     "magnitude": (5, 0),
     **dict.fromkeys(("taylor", "taylor_plus"), (8, 1)),
-    "laco_acceptance": (15, 0),
     **dict.fromkeys(("single_drop_perplexity", "present_absent"), (26, 1)),
     "local_shapley": (29, 4),
     "sleb": (27, 2),
@@ -98,8 +97,7 @@ WAITS: dict[str, tuple[int, int]] = {
     "task_greedy": (4, 0),
 }
 """How often the host may wait for a metric: once, what is proven of the model included, and in every batch: for its
-losses or sums, however many layers and variants there are. Greedy orders and walks do so for each of their steps;
-merges wait once each, for what overflows."""
+losses or sums, however many layers and variants there are. Greedy orders and walks do so for each of their steps."""
 TOGETHER = "all of hidden states"
 
 

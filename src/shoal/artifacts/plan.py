@@ -51,8 +51,6 @@ def indices_of(mask: str) -> tuple[int, ...]:
     return tuple(index for index, bit in enumerate(reversed(f"{int(mask, 16):b}")) if bit == "1")
 
 
-LAB = "lab"
-"""Input of a plan that a part of the lab made: the part."""
 COMPENSATION, WIDTH = "compensate", "width"
 """Kinds of changes that training knows by their numbers."""
 

@@ -27,12 +27,12 @@ from shoal.recipe.section import (
 Operator = Literal["layer", "attention", "mlp"]
 Metric = Literal[
     "block_influence", "angular", "streamline_cosine", "update_norm", "avss_output", "avss_update", "mka_similarity",
-    "magnitude", "taylor", "taylor_plus", "laco_acceptance",
+    "magnitude", "taylor", "taylor_plus",
     "single_drop_perplexity", "sleb", "blockpruner", "present_absent", "local_shapley",
     "task_greedy",
 ]  # fmt: skip
 Least = Annotated[int, Field(ge=LEAST_ITEMS)]
-GREEDY = ("laco_acceptance", "sleb", "blockpruner", "task_greedy")
+GREEDY = ("sleb", "blockpruner", "task_greedy")
 """Metrics that are measured as far as layers are removed."""
 METRICS: tuple[str, ...] = get_args(Metric)
 """Names of shoal.compress.metrics.registry, which takes seconds to load."""

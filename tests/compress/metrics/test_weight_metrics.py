@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -107,7 +105,7 @@ def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None
         assert first.layers[name] == pytest.approx(expected.layers[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("metric", [*ALL, "laco_acceptance"])
+@pytest.mark.parametrize("metric", ALL)
 def test_quantised_models_are_refused(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "PASSES", {})  # before anything is measured
     needs = f"measure.metrics: {metric} needs plain weights"
@@ -123,61 +121,3 @@ def test_quantised_models_are_refused(metric: str, monkeypatch: pytest.MonkeyPat
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(UserError, match=rf"{needs}, but this model is quantised \(according to config.json\)"):
         measure_importance(model, ROWS, metrics=[metric], batch_size=2)
-
-
-# --- merges, against models that are merged and cut by hand, in float64
-
-TEXTS = packed([[40], [17, 23], [1, 19, 20], [40]])
-
-
-def merges(model: PreTrainedModel, **arguments: Any) -> tuple[tuple[float, ...], ...]:
-    return measure_importance(model, TEXTS, metrics=["laco_acceptance"], batch_size=2, **arguments).runs[
-        "laco_acceptance"
-    ]
-
-
-def merged_by_hand(model: PreTrainedModel, start: int, length: int) -> PreTrainedModel:
-    """Equation 1 written out, and the layers behind it taken out of the list."""
-    merged = copy.deepcopy(model)
-    own = dict(decoder_layers(model)[start].named_parameters())
-    for name, parameter in decoder_layers(merged)[start].named_parameters():
-        for k in range(1, length + 1):
-            parameter.data += dict(decoder_layers(model)[start + k].named_parameters())[name].data - own[name].data
-    body: Any = merged.get_submodule("model")
-    gone = range(start + 1, start + length + 1)
-    body.layers = nn.ModuleList([layer for index, layer in enumerate(body.layers) if index not in gone])
-    merged.config.num_hidden_layers = len(body.layers)
-    return merged
-
-
-@torch.no_grad()
-def acceptance(model: PreTrainedModel, start: int, length: int) -> float:
-    merged, cosines = merged_by_hand(model, start, length), []
-    for document in documents(TEXTS)[:5]:
-        one, other = (
-            some(document[:, :32], output_hidden_states=True, use_cache=False).hidden_states[-1].flatten()
-            for some in (model, merged)
-        )
-        cosines.append(float(one @ other / (one.norm() * other.norm())))
-    return sum(cosines) / len(cosines)
-
-
-@pytest.mark.parametrize("num_drop", [None, 2])
-def test_scores_are_one_minus_the_cosine_of_models_merged_by_hand(num_drop: int | None) -> None:
-    found = merges(tiny_model("llama"), num_drop=num_drop)
-    model = tiny_model("llama").double()
-    assert [len(row) for row in found] == list(range(NUM_LAYERS, NUM_LAYERS - (num_drop or 4), -1))
-    for length, row in enumerate(found, 1):
-        for start, score in enumerate(row[:-1]):
-            assert score == pytest.approx(1 - acceptance(model, start, length), abs=1e-5)
-        assert row[-1] == 2  # the last layer is among them: nothing is left to merge into
-
-
-def test_layers_of_another_kind_are_not_merged_and_score_worst() -> None:
-    model = tiny_model("gemma3")
-    kinds = model.config.layer_types
-    assert len(set(kinds)) == 2
-    for length, row in enumerate(merges(model), 1):
-        for start, score in enumerate(row):
-            one_kind = start + length < NUM_LAYERS and len(set(kinds[start : start + length + 1])) == 1
-            assert (score < 2) == one_kind

@@ -15,8 +15,6 @@ from results import evaluation
 
 from shoal import machine
 from shoal.artifacts.artifact import Provenance
-from shoal.artifacts.plan import LAB, Plan
-from shoal.compress.apply import apply_plan
 from shoal.launch.arguments import VERBS
 from shoal.launch.verbs import dry_run, pace
 from shoal.launch.verbs.dry_run import Stage, dry_run_text
@@ -24,7 +22,6 @@ from shoal.launch.verbs.evaluate import eval_inputs
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import Run, open_run
-from shoal.models.checkpoint_files import model_fingerprint
 from shoal.recipe.recipe import parse_recipe
 from shoal.train.preflight import throughput
 from shoal.train.preflight.memory import NotEstimated
@@ -138,20 +135,6 @@ def test_the_disk_of_all_stages_is_told_and_missed(make_run: Any, monkeypatch: p
     (student,) = re.findall(r"^prune +to do +no estimate +(\S+) kB", told, flags=re.MULTILINE)
     needed, _ = re.findall(r"^disk: (\S+) kB needed under .* 6 kB free there: NOT ENOUGH", told, flags=re.MULTILINE)
     assert float(needed) == pytest.approx(float(student) + 5, abs=1)
-
-
-@pytest.mark.slow
-def test_what_a_part_of_the_lab_made_is_told_as_it_is(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run()
-    drop, seen = (1, 3, 4), list[Plan]()
-    plan = Plan(Provenance({"model": run.teacher_fingerprint, LAB: "skip"}), 6, drop, "shoal lab skip")
-    student = run.dir / "student"
-    apply_plan(run.teacher, plan, student)
-    replace(plan, student=plan.sealed(model_fingerprint(student))).save(run.dir / Plan.FILE)
-    monkeypatch.setattr(dry_run, "training_estimate", lambda _run, plan: seen.append(plan) or TRAINING)
-    assert states(told_of("run", run)) == ["to do", "done", "to do", "to do", "to do"]
-    assert [plan.drop for plan in seen] == [drop]
-    assert "drops:   1, 3, 4" in told_of("prune", run)
 
 
 def test_a_training_that_cannot_be_estimated_is_said(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
