@@ -1,6 +1,6 @@
 """Load and save causal language models, and know their parts.
 
-resolve           the folder that a model's name means: a path, the Hub, the demo model, an adapter
+resolve           the folder that a model's name means: a path, the Hub, the demo model
 download          what the Hub has
 load              load causal language models
 in_memory         models and tokenizers that a caller has
@@ -9,7 +9,6 @@ attention         which kernels compute it: flash, sdpa, eager
 families          what single families do otherwise
 checkpoint_files  folders of files: whole or damaged, and what identifies them
 cost              what a model takes to keep and to run, told from its configuration
-adapters          LoRA adapters merged into their base
 document_masks    documents of a row stay apart, and where they cannot
 packed_attention  torch's own flash kernels for them
 """

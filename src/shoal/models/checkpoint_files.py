@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from shoal.atomic_files import read_json
 from shoal.errors import UserError
+from shoal.model_names import ADAPTER_CONFIG
 
 DOWNLOAD_AGAIN = "create or download the checkpoint again"
 MOST = {"num_hidden_layers": 100_000, "hidden_size": 2**24, "vocab_size": 2**30, "num_attention_heads": 2**24}
@@ -188,7 +189,12 @@ def refuse_long_rows(positions: int | None, sequence_length: int, setting: str, 
 
 
 def check_config(folder: Path) -> None:
-    """Refuse a folder without config.json, or with one that can describe no causal language model."""
+    """Refuse an adapter, and a folder without config.json, or with one that can describe no causal language model."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{folder}: is a LoRA adapter ({ADAPTER_CONFIG}), not a whole model; merge it into its base with peft "
+            "(merge_and_unload, then save_pretrained), and give the merged folder"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: config.json is missing, so this is not a Hugging Face checkpoint; give a folder with "

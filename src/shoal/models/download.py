@@ -35,8 +35,8 @@ NOT_DOWNLOADED: dict[type[Exception] | tuple[type[Exception], ...], str] = {
 
 
 def config_of(name: str, revision: str | None, *, with_weights: bool = True) -> dict[str, Any]:
-    """The part of config.json that describes the text decoder of model ``name``; empty for an adapter.
-    ``with_weights``: the headers of a folder's weight files are checked, too.
+    """The part of config.json that describes the text decoder of model ``name``. ``with_weights``: the headers of a
+    folder's weight files are checked, too.
 
     Raises:
         UserError: as download, or a folder as check_config and check_checkpoint.
@@ -46,10 +46,7 @@ def config_of(name: str, revision: str | None, *, with_weights: bool = True) -> 
     folder = Path(name).expanduser()
     if not (is_here := folder.exists()):
         folder = download(name, revision, patterns=CONFIGS)
-    if json_or_empty(folder / ADAPTER_CONFIG):
-        return {}
-    if is_here:
-        check_checkpoint(folder) if with_weights else check_config(folder)
+    check_checkpoint(folder) if is_here and with_weights else check_config(folder)
     return text_part(json_or_empty(folder / "config.json"))
 
 

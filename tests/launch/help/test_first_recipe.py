@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from tiny import tiny_checkpoint, tiny_config
 
 from shoal.data.default_text import LICENCES, TRAINING, DefaultText
+from shoal.errors import UserError
 from shoal.launch.cli import main
 from shoal.launch.help import first_recipe as module
 from shoal.launch.help.explain import first_sentence, meaning, places
@@ -113,11 +113,11 @@ def test_only_configurations_are_downloaded(tmp_path: Path, monkeypatch: pytest.
     assert (recipe.model, recipe.revision, recipe.run_dir) == ("org/some-7b", "v2", "runs/some-7b")
 
 
-def test_an_adapter_is_known_by_its_base(tmp_path: Path) -> None:
-    base, adapter = config_only(tmp_path / "base", num_hidden_layers=9), tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    assert resolve.find_config(str(adapter)).num_hidden_layers == 9
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for look in (resolve.find_config, resolve.resolve_model):
+        with pytest.raises(UserError, match=r"is a LoRA adapter \(adapter_config.json\), not a whole model; merge it"):
+            look(str(tmp_path))
 
 
 def test_the_demo_model_is_known_without_being_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
