@@ -50,6 +50,10 @@ KL_SHARE = 0.5
 """Effective depth by KL: the first layer whose input is nearer to the output than this share of the largest KL."""
 MIN_OVERLAP = 0.3
 """Effective depth by overlap: the first layer whose input has more of the top-5 tokens than this."""
+LENS_TOKENS = 256
+"""Tokens for the logit lens, evenly spaced over all; the head costs more than the layers for small models."""
+NUM_PROMPTS, PROMPT_TOKENS, NUM_POSITIONS = 10, 64, 4
+"""Prompts for the effects on later layers, tokens and cut positions of each."""
 
 
 @dataclass(frozen=True)
@@ -142,34 +146,14 @@ class Diagnostics(Artifact):
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much of the text each diagnosis looks at."""
-
-    lens_tokens: int = 256
-    """Tokens for the logit lens, evenly spaced over all; the head costs more than the layers for small models."""
-    num_prompts: int = 10
-    """Prompts for the effects on later layers; 0 = none."""
-    prompt_tokens: int = 64
-    """Tokens of each prompt."""
-    num_positions: int = 4
-    """Cut positions in each prompt."""
-
-
 def diagnose(
-    model: PreTrainedModel,
-    rows: PackedRows,
-    *,
-    provenance: Provenance,
-    batch_size: int,
-    effort: Effort | None = None,
-    seed: int = 0,
+    model: PreTrainedModel, rows: PackedRows, *, provenance: Provenance, batch_size: int, seed: int = 0
 ) -> Diagnostics:
     """How ``model`` uses its depth over ``rows``; effects look at single documents of them.
 
     Cost, in tokens through the whole body: the rows once; for L layers and C = prompts x positions cuts of at most S
     tokens, C*S*L for skips and erasures together (each runs the upper part only) and as many tokens through the head.
-    The lens takes lens_tokens * (L + 1) tokens through the head. Held in memory: the states of one batch before all
+    The lens takes LENS_TOKENS * (L + 1) tokens through the head. Held in memory: the states of one batch before all
     layers, and of L variants at its tokens.
 
     Raises:
@@ -182,7 +166,7 @@ def diagnose(
     with probing(model):
         lens_refusal = readout_refusal(model)
         readout = None if lens_refusal else Readout(model)
-        study = _Study(model, effort or Effort(), batch_size, seed, *layer_flows(model), readout, lens_refusal)
+        study = _Study(model, batch_size, seed, *layer_flows(model), readout, lens_refusal)
         sums, lens_LT2 = study.one_pass(rows)
         require_finite(model, "diagnostics", *sums.cosines.values(), *sums.sizes.values(), lens_LT2)
         effects, num_cuts, refusal = study.interventions(rows, sums.state_means)
@@ -243,7 +227,6 @@ class _Study:
     """One model under study, and what can be told of it."""
 
     model: PreTrainedModel
-    effort: Effort
     batch_size: int
     seed: int
     flows: tuple[LayerFlow, ...]
@@ -255,7 +238,7 @@ class _Study:
     def one_pass(self, rows: PackedRows) -> tuple[ResidualSums, Tensor]:
         """Sums over all tokens, and (L, T, 2) divergence and overlap of the tokens that the lens looks at."""
         model, sums, seen = self.model, ResidualSums(), 0
-        every = max(1, math.ceil(rows.input_ids_NS.numel() / self.effort.lens_tokens))
+        every = max(1, math.ceil(rows.input_ids_NS.numel() / LENS_TOKENS))
         # begins with an empty (L, 0, 2), so that there is something to join where no lens can be had
         lens: list[Tensor] = [torch.zeros(len(decoder_layers(model)), 0, 2, dtype=torch.float64)]
         for batch in each(batches_of_rows(rows, self.batch_size), "diagnostics: one pass", unit="batches"):
@@ -274,22 +257,17 @@ class _Study:
 
     def interventions(self, rows: PackedRows, means_LD: Tensor) -> tuple[DepthEffects | None, int, str]:
         """Effects, number of cuts, and why there are none."""
-        effort = self.effort
-        if effort.num_prompts == 0:
-            return None, 0, "not asked for"
         try:
             runs = DepthRuns(self.model)
         except UserError as error:
             return None, 0, str(error)
-        prompts = documents(
-            rows, num_prompts=effort.num_prompts, max_tokens=effort.prompt_tokens, min_tokens=MIN_TOKENS
-        )
+        prompts = documents(rows, num_prompts=NUM_PROMPTS, max_tokens=PROMPT_TOKENS, min_tokens=MIN_TOKENS)
         if not prompts:
             raise UserError(
                 f"diagnostics: no document has {MIN_TOKENS} tokens, so nothing can be skipped before a later token; "
                 "name a data source with longer texts, or a longer measure.sequence_length"
             )
-        cuts, readout = cut_positions(prompts, effort.num_positions, seed=self.seed), self.readout
+        cuts, readout = cut_positions(prompts, NUM_POSITIONS, seed=self.seed), self.readout
         # per batch L - 1 skips, and with a readout L erasures
         num_runs = math.ceil(len(cuts) / self.batch_size) * (runs.num_layers * (1 if readout is None else 2) - 1)
         with progress("diagnostics: skips", total=num_runs, unit="runs") as step:

@@ -36,9 +36,13 @@ Matrices = list[dict[str, nn.Parameter]]
 """Per layer: name in the layer -> parameter of two or more dimensions."""
 
 
-class _OfWeights(Metric):
-    """Needs weights as they are trained."""
+class Magnitude(Metric):
+    """Sum over a layer's weight matrices of |W| (Mag of Shortened LLaMA, Kim et al. 2024, arXiv:2402.02834).
 
+    Norms and biases are left out: they are no matrices, and a norm's gains near 1 say nothing of the layer.
+    """
+
+    needs: ClassVar[Need] = "weights"
     yields: ClassVar[Yields] = "layers"
 
     @classmethod
@@ -46,16 +50,7 @@ class _OfWeights(Metric):
         plain_matrices(model, name)
 
 
-class Magnitude(_OfWeights):
-    """Sum over a layer's weight matrices of |W| (Mag of Shortened LLaMA, Kim et al. 2024, arXiv:2402.02834).
-
-    Norms and biases are left out: they are no matrices, and a norm's gains near 1 say nothing of the layer.
-    """
-
-    needs: ClassVar[Need] = "weights"
-
-
-class Taylor(_OfWeights):
+class Taylor(Magnitude):
     """Sum over a layer's weight matrices of |W * dL/dW| (Shortened LLaMA, Kim et al. 2024, arXiv:2402.02834).
 
     L is the mean loss of the next token over the calibration data; its gradient is complete before the absolute value

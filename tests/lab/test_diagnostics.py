@@ -6,7 +6,6 @@ Covers: shoal.lab.depth.interventions, shoal.lab.depth.residual_flow, shoal.lab.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
 from shoal.data.packing import PackedRows
+from shoal.lab import diagnostics
 from shoal.lab.depth import runs
 from shoal.lab.depth.interventions import cut_positions
 from shoal.lab.depth.runs import Prompt
-from shoal.lab.diagnostics import Diagnostics, Effort, diagnose, effective_depths
+from shoal.lab.diagnostics import Diagnostics, diagnose, effective_depths
 from shoal.models.anatomy import decoder_layers, given_state, state_of, with_state
 
 ROWS = packed([[40], [17, 23], [4, 36]])
@@ -33,12 +33,18 @@ PARALLEL = ("gpt_neox", "cohere")
 """Families whose MLP reads what the attention reads."""
 AFTER_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 HALVES = {"gemma3": AFTER_NORMS, "olmo2": AFTER_NORMS, "gpt_neox": ("attention", "mlp")}
-EFFORT = Effort(num_prompts=3, num_positions=2, prompt_tokens=28)
+NUM_POSITIONS = 2
 PROMPTS = [
     tuple((7 * token + 3) % 250 for token in range(start, start + length))
     for start, length in ((0, 13), (40, 20), (90, 11))
 ]
 States = list[Tensor]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, number in (("NUM_PROMPTS", 3), ("NUM_POSITIONS", NUM_POSITIONS), ("PROMPT_TOKENS", 28)):
+        monkeypatch.setattr(diagnostics, name, number)
 
 
 def rows_of(prompts: Sequence[Prompt]) -> PackedRows:
@@ -49,7 +55,6 @@ def rows_of(prompts: Sequence[Prompt]) -> PackedRows:
 
 
 def run(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> Diagnostics:
-    arguments.setdefault("effort", EFFORT)
     return diagnose(model, rows, provenance=Provenance({}), batch_size=batch_size, **arguments)
 
 
@@ -130,7 +135,7 @@ def residual_reference(model: PreTrainedModel, kind: str, rows: PackedRows) -> d
 def test_residual_curves_equal_the_reference(kind: str, dtype: torch.dtype) -> None:
     rows = ROWS if kind in KINDS else PackedRows(ROWS.input_ids_NS % 80, ROWS.position_ids_NS)
     model = tiny_model(kind) if kind in KINDS else architectures.tiny_model(kind)
-    found = run(model.double() if dtype == torch.float64 else model, rows, effort=replace(EFFORT, num_prompts=0))
+    found = run(model.double() if dtype == torch.float64 else model, rows)
     wanted = residual_reference(model.double(), kind, rows)
     assert found.parallel == (kind in PARALLEL,) * NUM_LAYERS
     assert found.num_tokens == ROWS.input_ids_NS.numel()
@@ -143,7 +148,7 @@ def test_residual_curves_equal_the_reference(kind: str, dtype: torch.dtype) -> N
 def test_lens_equals_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "MAX_LOGITS", 272 * 7)  # a few tokens at a time
     model = double(kind)
-    found = run(model, effort=replace(EFFORT, num_prompts=0))
+    found = run(model)
     divergence, overlap = torch.zeros(NUM_LAYERS, dtype=torch.float64), torch.zeros(NUM_LAYERS, dtype=torch.float64)
     for document in documents(ROWS):
         with torch.no_grad():
@@ -167,7 +172,7 @@ def largest_effects(
     output, erased = [0.0] * NUM_LAYERS, [0.0] * NUM_LAYERS
     everything = [run_whole(model, torch.tensor(prompt))[0] for prompt in PROMPTS]
     means = [torch.cat([states[layer] for states in everything]).mean(0) for layer in range(NUM_LAYERS)]
-    for prompt, cut in cut_positions(prompts, EFFORT.num_positions, seed=seed):
+    for prompt, cut in cut_positions(prompts, NUM_POSITIONS, seed=seed):
         ids = torch.tensor(prompt)
         states, probabilities = run_whole(model, ids)
         for skip in range(NUM_LAYERS):

@@ -51,8 +51,7 @@ def trained_parts(trainable: str, plan: Plan, *, tied: bool = False, keys_from: 
     """The parts that ``distill.trainable`` means for the student of ``plan``.
 
     A layer is next to a gap if a teacher's layer right below or above it is gone. A changed layer counts as one, since
-    what reads or writes it has changed, as every narrowed one has; a new layer is itself a gap; the final norm counts
-    if the last layer is gone.
+    what reads or writes it has changed, as every narrowed one has; the final norm counts if the last layer is gone.
     ``tied``: input embeddings and head are one table, so that training one is training both.
 
     Raises:

@@ -123,9 +123,7 @@ class Plan(Tabular, Artifact):
     reason: str
     """Reason for this choice of layers, for a reader."""
     keep: tuple[int, ...] = ()
-    """For every layer of the student the teacher's layer that it is, in order; empty = all that ``drop`` leaves. A new
-    layer has the number of the one below it, whose kind it has: of a number that is there twice the first is the
-    teacher's layer."""
+    """For every layer of the student the teacher's layer that it is, increasing; empty = all that ``drop`` leaves."""
     changes: tuple[PlannedChange, ...] = ()
     """What else is done to layers that stay, in order; of ``gaps`` and ``width`` it is told by themselves."""
     gaps: tuple[ClosedGap, ...] = ()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +42,19 @@ def training_images(data: Sequence[DataSource]) -> dict[DataSource, list[ImageRo
     rows_of: dict[DataSource, list[ImageRow]] = {}
     for source in data:
         if isinstance(source.column, ImageQuestion):
-            columns = source.column.image, source.column.prompt, source.column.completion
-            first = sum(map(len, rows_of.values()))
-            rows_of[source] = load_image_rows("distill.data", source, columns, None, first=first)
+            rows_of[source] = _image_rows(source, source.column, first=sum(map(len, rows_of.values())))
     return rows_of
 
 
-def load_image_rows(
-    place: str, source: DataSource, columns: tuple[str, str, str], num_rows: int | None, *, first: int = 0
-) -> list[ImageRow]:
-    """The first ``num_rows`` rows of ``source`` (None = all), in order, whose numbers begin with ``first``; ``columns``
-    name image, prompt and answer, and ``place`` is the setting that names the source.
+def _image_rows(source: DataSource, column: ImageQuestion, *, first: int) -> list[ImageRow]:
+    """The rows of ``source``, in order, whose numbers begin with ``first``.
 
     Raises:
         UserError: no such file or column, a row without an image or an answer, or an image that cannot be read.
     """
-    rows: list[ImageRow] = []
-    for number, (where, record) in enumerate(islice(records(source), num_rows)):
-        row, named = f"{place}: row {number} of {where}", f"{where!r} row {number}"
+    rows, columns = list[ImageRow](), (column.image, column.prompt, column.completion)
+    for number, (where, record) in enumerate(records(source)):
+        row, named = f"distill.data: row {number} of {where}", f"{where!r} row {number}"
         image, prompt, answer = values = [column_of(record, column, named) for column in columns]
         if not all(isinstance(value, str) for value in values) or not image.strip() or not answer.strip():
             raise UserError(
@@ -73,7 +67,7 @@ def load_image_rows(
             file.verify()
         rows.append(ImageRow(row, path, prompt, answer, first + number))
     if not rows:
-        raise UserError(f"{place}: {source.path} holds no rows; name a file with rows")
+        raise UserError(f"distill.data: {source.path} holds no rows; name a file with rows")
     return rows
 
 
@@ -89,14 +83,11 @@ def _readable(path: Path, row: str) -> Iterator[None]:
         ) from error
 
 
-def image_rows_fingerprint(rows: Sequence[ImageRow]) -> str:
-    """Content hash of rows and images, wherever they lie."""
-    return fingerprint([[known_hash(row.image), row.prompt, row.answer] for row in rows])
-
-
 def images_fingerprint(data: Sequence[DataSource]) -> str:
-    """The same of all sources of images among ``data``; raises as training_images does."""
-    return image_rows_fingerprint([row for rows in training_images(data).values() for row in rows])
+    """Content hash of the rows and images of all sources of images among ``data``, wherever they lie; raises as
+    training_images does."""
+    rows = (row for rows in training_images(data).values() for row in rows)
+    return fingerprint([[known_hash(row.image), row.prompt, row.answer] for row in rows])
 
 
 def _asked(row: ImageRow, prompt: str, answer: str, processor: Any, config: Any) -> Asked:
