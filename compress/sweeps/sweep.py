@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ REQUESTS_AT_ONCE = 64
 
 
 def sweep(
-    make_lm: Callable[[Sequence[Variant], int], VariantsLM],
+    edited: Edited,
+    tokenizer: PreTrainedTokenizerBase,
     variants: Sequence[Variant],
     settings: Eval,
     *,
@@ -51,16 +52,16 @@ def sweep(
     folder: Path | None = None,
     identity: str = "",
 ) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
-    """The scores of the intact model and of every variant over the same items, on every rank.
+    """The scores of the intact model and of every variant of ``edited`` over the same items, on every rank.
 
-    ``make_lm`` makes what answers for variants (the intact model first) in batches of a size. With ``folder`` answers
-    are kept there, and a sweep that was stopped goes on from them; ``identity`` says of which model they are.
+    With ``folder`` answers are kept there, and a sweep that was stopped goes on from them; ``identity`` says of which
+    model they are.
 
     Raises:
         UserError: an unknown task, data that cannot be had.
     """
     everything = [INTACT, *(variant for variant in variants if variant.edits)]
-    lm = make_lm(everything, settings.at_once())
+    lm = VariantsLM(edited, tokenizer, everything, settings.at_once())
     connect_ranks(lm.device)
     tasks = tasks_of(settings, seed=seed)
     lm.seed = seed

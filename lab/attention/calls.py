@@ -30,7 +30,6 @@ class AttentionInputs:
 
     query_BHSd: Tensor
     key_BGSd: Tensor
-    value_BGSd: Tensor
     scale: float
     """Factor of the scores."""
     softcap: float | None = None
@@ -70,7 +69,7 @@ def attention_calls(
             per_head = isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] != 1
             if kwargs.get("position_bias") is not None or per_head:
                 raise UserError(f"{family}: attention of layer {layer} adds biases to its scores; {remedy}")
-            take(layer, _inputs(query, key, value, mask, kwargs))
+            take(layer, _inputs(query, key, mask, kwargs))
         return interface(module, query, key, value, *args, **kwargs)
 
     def recorded(interfaces: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -110,14 +109,11 @@ def attention_weights(inputs: AttentionInputs, places_BT: Tensor) -> Tensor:
     return torch.cat([score_BHTS, sink_BHT1], -1).softmax(-1)[..., :-1]
 
 
-def _inputs(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Documents | None, settings: dict[str, Any]
-) -> AttentionInputs:
+def _inputs(query: Tensor, key: Tensor, mask: Tensor | Documents | None, settings: dict[str, Any]) -> AttentionInputs:
     scale = settings.get("scaling")
     return AttentionInputs(
         query,
         key,
-        value,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=settings.get("softcap"),
         sinks_H=settings.get("s_aux"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Unpack
@@ -24,7 +23,7 @@ from shoal.compress.plan import choose_changes
 from shoal.compress.surgery import cut_model as surgery
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import rankings
-from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
+from shoal.compress.sweeps.sweep import checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant_of
 from shoal.data.default_text import with_default_text
 from shoal.data.packing import PackedRows, require_room
@@ -130,9 +129,7 @@ def _swept(
 ) -> Importance:
     """``importance`` with the atlas of single layers."""
     variants = [variant_of(component, model) for component in components_of("layer", model)]
-    intact, removed = sweep(
-        partial(VariantsLM, Edited(model), tokenizer), variants, scored_by(settings, Eval()), seed=seed
-    )
+    intact, removed = sweep(Edited(model), tokenizer, variants, scored_by(settings, Eval()), seed=seed)
     inputs = {
         **importance.provenance.inputs,
         **shaping(settings, Shapes.SCORES, "measure.sweep."),

@@ -206,14 +206,15 @@ def sweep_tables(
 
 def _scoring(run: Run, edited: Edited, donor: str | None = None) -> Callable[..., Any]:
     """What scores variants of ``edited`` on the tasks of measure.sweep, given these and a folder for their answers."""
-    from shoal.compress.sweeps.sweep import VariantsLM, sweep
+    from shoal.compress.sweeps.sweep import sweep
 
     assert run.swept is not None
     own = [model_fingerprint(run.teacher), run.recipe.dtype, run.recipe.attn_implementation, donor]
     writing = writing_settings(run.teacher)
     return partial(
         sweep,
-        partial(VariantsLM, edited, run.tokenizer()),
+        edited,
+        run.tokenizer(),
         settings=run.swept,
         seed=run.recipe.seed,
         identity=fingerprint([*own, writing] if writing else own),

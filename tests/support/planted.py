@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from shoal.components import Component
-from shoal.compress.sweeps.sweep import VariantsLM, sweep
+from shoal.compress.sweeps.sweep import sweep
 from shoal.compress.variants.variants import Edited, variant_of
 from shoal.recipe.evaluate import Eval
 
@@ -183,4 +182,4 @@ def planted_scores(folder: Path, model: PreTrainedModel, units: Sequence[Compone
     tasks = (f"planted_{ability}_{p}" for ability in ("retrieval", "knowledge") for p in ("continuation", "generation"))
     settings = Eval(tasks=tuple(tasks), limit=100, include_path=str(planted_tasks(folder)))
     variants = [variant_of(unit, model) for unit in units]
-    return sweep(partial(VariantsLM, Edited(model), planted_tokenizer()), variants, settings, seed=0)
+    return sweep(Edited(model), planted_tokenizer(), variants, settings, seed=0)

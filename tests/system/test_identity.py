@@ -31,7 +31,7 @@ from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import JSD
 from shoal.recipe.prune import CutByScore
 from shoal.recipe.recipe import Recipe, parse_recipe
-from shoal.recipe.section import Named, Positive, Section, Shapes, as_dict, shaped, shaping, shaping_keys
+from shoal.recipe.section import Positive, Section, Shapes, as_dict, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.teacher.recording import Wanted, rows_from
@@ -249,7 +249,7 @@ def test_losses_of_a_source_shape_the_training_and_neither_rows_nor_recordings()
 def test_a_key_that_is_called_anew_keeps_its_name_in_identities() -> None:
     @dataclasses.dataclass(frozen=True)
     class Renamed(Section):
-        r: Annotated[int, Shapes.TRAINING, Named("rank")] = 16
+        attn_implementation: Annotated[str, Shapes.TRAINING] = "sdpa"
 
-    assert shaping(Renamed(), Shapes.TRAINING, "lora.") == {"lora.rank": 16}
-    assert shaping_keys(Renamed, Shapes.TRAINING, "lora.") == ["lora.rank"]
+    assert shaping(Renamed(), Shapes.TRAINING, "own.") == {"own.attention": "sdpa"}
+    assert shaping_keys(Renamed, Shapes.TRAINING, "own.") == ["own.attention"]

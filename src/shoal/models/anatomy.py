@@ -32,14 +32,14 @@ CHANNELS = ("intermediate_size", "ffn_dim", "ffn_hidden_size")
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Modules of one model, some with their names in ``named_modules``; a part that the model lacks is None and ""."""
+    """Modules of one model; a part that the model lacks is None."""
 
     layers: nn.ModuleList
     layers_name: str
+    """Name of ``layers`` in ``named_modules``."""
     final_norm: nn.Module | None
     embeddings: nn.Module | None
     head: nn.Module | None
-    head_name: str
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
@@ -51,8 +51,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     names = {id(module): name for name, module in model.named_modules()}
     owner, layers = _layers(model)
     norm = next((part for name in FINAL_NORMS if isinstance(part := getattr(owner, name, None), nn.Module)), None)
-    head = model.get_output_embeddings()
-    return Anatomy(layers, names[id(layers)], norm, model.get_input_embeddings(), head, names.get(id(head), ""))
+    return Anatomy(layers, names[id(layers)], norm, model.get_input_embeddings(), model.get_output_embeddings())
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -27,7 +27,7 @@ from shoal.recipe.evaluate import CONFIGS_DIR, Eval
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import blamed, checked, quoted
 from shoal.recipe.prune import CutByScore, Prune
-from shoal.recipe.section import Dtype, Named, Place, Positive, Section, Seed, Shapes, Text, types_of
+from shoal.recipe.section import Dtype, Place, Positive, Section, Seed, Shapes, Text, types_of
 from shoal.recipe.trainer_arguments import read_deepspeed
 from shoal.redaction import redacted
 from shoal.yaml_text import read_yaml
@@ -82,7 +82,7 @@ class Recipe(Section):
     measure, train and score; at least a fifth) and fewer items (at least 60 a task). Log, run.json and report state the
     share, and a run directory keeps it. Default: no limit."""
     attn_implementation: Annotated[
-        Literal["auto", "flash", "sdpa", "eager"], Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED, Named("attention")
+        Literal["auto", "flash", "sdpa", "eager"], Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED
     ] = "auto"
     """Attention kernels. `flash`: FlashAttention, from a package or from torch; `sdpa`: torch's kernels with masks;
     `eager`: plain products. `auto`: flash if GPU, family and precision allow it, else sdpa, else eager. Documents of a

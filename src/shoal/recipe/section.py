@@ -147,12 +147,9 @@ class Shapes(Flag):
     """What comes of running a model."""
 
 
-@dataclass(frozen=True)
-class Named:
-    """The name of a setting in identities where it is another than its key, said beside its type: a key that is called
-    anew keeps it, so that what was made before stands."""
-
-    name: str
+RENAMED = {"attn_implementation": "attention"}
+"""Key -> its name in identities where that is another: a key that is called anew keeps it, so that what was made before
+stands."""
 
 
 @cache
@@ -163,25 +160,15 @@ def types_of(section: Any) -> dict[str, Any]:
 
 
 @cache
-def _marks(section: Any, kind: type) -> dict[str, Any]:
-    """What of this ``kind`` every key of a class of sections says beside its type; None = nothing."""
-    said = {key: getattr(hint, "__metadata__", ()) for key, hint in types_of(section).items()}
-    return {key: next((mark for mark in marks if isinstance(mark, kind)), None) for key, marks in said.items()}
-
-
-def identity_names(section: Any) -> dict[str, str]:
-    """What every key of a class of sections is called in identities."""
-    return {key: mark.name if mark else key for key, mark in _marks(section, Named).items()}
-
-
 def shaped(section: Any) -> dict[str, Shapes | None]:
     """What every key of a class of sections says that it shapes; None = nothing is said."""
-    return _marks(section, Shapes)
+    said = {key: getattr(hint, "__metadata__", ()) for key, hint in types_of(section).items()}
+    return {key: next((mark for mark in marks if isinstance(mark, Shapes)), None) for key, marks in said.items()}
 
 
 def shaping_keys(section: Any, result: Shapes, place: str = "") -> list[str]:
     """The names in identities of the keys of a class of sections that shape ``result``, after ``place``."""
-    return [place + identity_names(section)[key] for key in _keys_shaping(section, result)]
+    return [place + RENAMED.get(key, key) for key in _keys_shaping(section, result)]
 
 
 def _keys_shaping(section: Any, result: Shapes) -> list[str]:
@@ -194,10 +181,10 @@ def shaping(section: Section, result: Shapes, place: str = "") -> dict[str, Any]
     A section among them is a mapping of its own settings that do. A setting that is left out of recipes where it is off
     (`exclude_if`) is left out here too, so that results made before it existed stand.
     """
-    plain, identity, names = as_dict(section), dict[str, Any](), identity_names(type(section))
+    plain, identity = as_dict(section), dict[str, Any]()
     for key in filter(plain.__contains__, _keys_shaping(type(section), result)):
         value = getattr(section, key)
-        identity[place + names[key]] = shaping(value, result) if isinstance(value, Section) else plain[key]
+        identity[place + RENAMED.get(key, key)] = shaping(value, result) if isinstance(value, Section) else plain[key]
     return identity
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
-from shoal.compress.sweeps.sweep import VariantsLM, sweep
+from shoal.compress.sweeps.sweep import sweep
 from shoal.compress.variants.variants import Edited, Variant, variant_of, without
 from shoal.recipe.evaluate import Eval
 
@@ -36,7 +35,7 @@ def model(**changes: Any) -> PreTrainedModel:
 def run(
     variants: list[Variant], settings: Eval = SETTINGS, **arguments: Any
 ) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
-    return sweep(partial(VariantsLM, Edited(model()), tiny_tokenizer()), variants, settings, seed=0, **arguments)
+    return sweep(Edited(model()), tiny_tokenizer(), variants, settings, seed=0, **arguments)
 
 
 @pytest.mark.prove
@@ -134,7 +133,7 @@ def test_a_recurrent_model_is_swept_variant_by_variant() -> None:
 
     made = tiny_family("mamba2", vocab_size=272, num_hidden_layers=3)
     settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",), limit=2)
-    intact, removed = sweep(partial(VariantsLM, Edited(made), tiny_tokenizer()), [without([1])], settings, seed=0)
+    intact, removed = sweep(Edited(made), tiny_tokenizer(), [without([1])], settings, seed=0)
     expected = evaluate(cut_model(made, [1]), tiny_tokenizer(), settings, seed=0)
     assert_same(removed[0], expected)
     assert_same(intact, evaluate(made, tiny_tokenizer(), settings, seed=0))

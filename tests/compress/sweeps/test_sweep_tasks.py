@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 from shoal.components import LayerEdit
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
-from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
+from shoal.compress.sweeps.sweep import checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant, without
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Eval
@@ -72,13 +71,7 @@ def model() -> Any:
 
 
 def run(asked: Eval, drops: list[int], **arguments: Any) -> Any:
-    return sweep(
-        partial(VariantsLM, Edited(model()), tiny_tokenizer()),
-        [without([drop]) for drop in drops],
-        asked,
-        seed=0,
-        **arguments,
-    )
+    return sweep(Edited(model()), tiny_tokenizer(), [without([drop]) for drop in drops], asked, seed=0, **arguments)
 
 
 @pytest.mark.slow
@@ -108,7 +101,7 @@ def test_a_variant_that_gives_no_numbers_is_named() -> None:
     variants = [variant(f"mlp {layer}", [(layer, LayerEdit("mlp"))]) for layer in (2, 3)]
     asked = Eval(tasks=("knowledge_continuation",), limit=2)
     with pytest.raises(UserError, match=r"mlp 3: .* likelihoods are NaN in torch.float32; set dtype"):
-        sweep(partial(VariantsLM, Broken(model()), tiny_tokenizer()), variants, asked, seed=0)
+        sweep(Broken(model()), tiny_tokenizer(), variants, asked, seed=0)
 
 
 @pytest.mark.parametrize(("names", "changes", "message"), CASES)

@@ -64,7 +64,7 @@ def test_what_turns_an_image_into_tokens_stays_as_it_is(name: str, trainable: st
     moving = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     parts = anatomy(student)
     outside = {name for name in moving if not name.startswith(parts.layers_name.removesuffix("layers"))}
-    assert outside == ({f"{parts.head_name}.weight"} if trainable == "all" else set())
+    assert outside == ({"lm_head.weight"} if trainable == "all" else set())
     assert parts.embeddings is not None
     assert parts.final_norm is not None
     assert all(weight.requires_grad for weight in parts.embeddings.parameters()) == (trainable == "all")
