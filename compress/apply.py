@@ -30,10 +30,10 @@ from shoal.recipe.prune import Compensate, Prune, Width
 from .changes.change import Change, NewTensors, Tensors
 from .changes.compensation import Compensation, as_stored
 from .changes.width import Narrowing
-from .edits.tensors import with_layers
+from .edits.tensors import tensors_in_place
 from .metrics.metric import Calibration
 from .surgery.copying import ChangedTensors, Copy, changed_tensors, planned_copy, write_copy
-from .surgery.cut_model import kept_layers, skipped
+from .surgery.cut_model import cut_model, kept_layers, skipped
 from .surgery.narrow_config import NARROW
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import without_quantization
@@ -191,7 +191,8 @@ def _write_from_memory(teacher: Teacher, plan: Plan, folder: Path, new: Sequence
     model = teacher.load()
     with doing("prune: writing the student"):
         layers = {layer: as_stored(model, layer, own.load(layer)) for own in new for layer in own.names}
-        student = with_layers(model, plan.drop, layers)
+        with tensors_in_place(model, layers):
+            student = cut_model(model, plan.drop, share=True)
         for own in new:
             student.config.update(dict(own.settings))
         student.save_pretrained(folder)

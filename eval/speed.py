@@ -48,13 +48,7 @@ class _Entry:
 
 
 def measure_speed(
-    checkpoints: Mapping[str, Checkpoint],
-    *,
-    provenance: Provenance,
-    batch_sizes: Sequence[int] | None = None,
-    prompt_tokens: int = PROMPT_TOKENS,
-    new_tokens: int = NEW_TOKENS,
-    repeats: int = REPEATS,
+    checkpoints: Mapping[str, Checkpoint], *, provenance: Provenance, batch_sizes: Sequence[int] | None = None
 ) -> Speed:
     """Median speeds of every role at every batch size, over rounds in which each role takes one turn.
 
@@ -66,9 +60,9 @@ def measure_speed(
     Raises:
         UserError: a prompt that does not fit the model's positions, or a model that keeps no cache of keys and values.
     """
-    entries = {role: _entry(role, checkpoint, prompt_tokens + new_tokens) for role, checkpoint in checkpoints.items()}
+    entries = {role: _entry(role, checkpoint) for role, checkpoint in checkpoints.items()}
     first = next(iter(entries.values())).decoder
-    sizes = rounds_of(batch_sizes, first.device.type, repeats)
+    sizes = rounds_of(batch_sizes, first.device.type)
     batches: dict[str, list[BatchSpeed]] = {role: [] for role in entries}
     left_out: list[str] = []
     for size, rounds in sizes.items():
@@ -76,7 +70,7 @@ def measure_speed(
             log.warning("speed: %s", reason)
             left_out.append(reason)
             continue
-        for role, speed in _measured(entries, (size, prompt_tokens, new_tokens), rounds).items():
+        for role, speed in _measured(entries, size, rounds).items():
             batches[role].append(speed)
             log.info(
                 "speed: %s, %d at once: prefill %.0f, decode %.1f tokens/s, first token after %.2f s",
@@ -86,21 +80,22 @@ def measure_speed(
         provenance=provenance,
         roles={role: _score(entry, batches[role]) for role, entry in entries.items()},
         batch_size=next(iter(sizes)),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
         dtype=str(first.model.dtype).removeprefix("torch."),
         left_out=tuple(left_out),
     )
 
 
-def rounds_of(batch_sizes: Sequence[int] | None, device: str, repeats: int = REPEATS) -> dict[int, int]:
+def rounds_of(batch_sizes: Sequence[int] | None, device: str) -> dict[int, int]:
     """Batch size -> rounds that are timed, the smallest first; None = those of this kind of device."""
     first, *others = sorted(set(batch_sizes or BATCH_SIZES.get(device, OTHER_BATCH_SIZES)))
-    return {first: repeats, **dict.fromkeys(others, min(repeats, FEWER_REPEATS))}
+    return {first: REPEATS, **dict.fromkeys(others, FEWER_REPEATS)}
 
 
-def _entry(role: str, checkpoint: Checkpoint, num_tokens: int) -> _Entry:
-    """The model of ``role`` in memory, once it is known to take so many tokens and to keep a cache."""
+def _entry(role: str, checkpoint: Checkpoint) -> _Entry:
+    """The model of ``role`` in memory, once it is known to take the tokens of a turn and to keep a cache."""
+    num_tokens = PROMPT_TOKENS + NEW_TOKENS
     needed, free = loaded_bytes(checkpoint.folder, checkpoint.config, checkpoint.load.dtype), device_memory(device())
     positions = getattr(text_config(checkpoint.config), "max_position_embeddings", None) or num_tokens
     if needed > free:
@@ -119,23 +114,22 @@ def _entry(role: str, checkpoint: Checkpoint, num_tokens: int) -> _Entry:
     raise UserError(f"speed: {role} {why}; set eval.speed: false")
 
 
-def _measured(entries: Mapping[str, _Entry], work: tuple[int, int, int], rounds: int) -> dict[str, BatchSpeed]:
-    """Every role's speeds at one batch size; ``work`` = batch size, prompt tokens and new tokens."""
-    batch_size, prompt_tokens, new_tokens = work
+def _measured(entries: Mapping[str, _Entry], batch_size: int, rounds: int) -> dict[str, BatchSpeed]:
+    """Every role's speeds at one batch size."""
     samples = {role: {kind: [] for kind in KINDS} for role in entries}
     order = list(entries)
     turns = [role for turn in range(rounds) for role in order[turn % len(order) :] + order[: turn % len(order)]]
     with progress(f"speed: {batch_size} at once", total=len(order) + len(turns), unit="turns") as step:
         peaks: dict[str, int] = {}
         for role, entry in entries.items():
-            growth = peak_growth(entry.decoder.device, lambda entry=entry: _one_turn(entry.decoder, *work))
+            growth = peak_growth(entry.decoder.device, lambda entry=entry: _one_turn(entry.decoder, batch_size))
             peaks[role] = entry.weight_bytes + growth
             step()
         for role in turns:
-            first_s, decode_s = _one_turn(entries[role].decoder, *work)
+            first_s, decode_s = _one_turn(entries[role].decoder, batch_size)
             step()
-            samples[role]["prefill"].append(batch_size * prompt_tokens / first_s)
-            samples[role]["decode"].append(batch_size * new_tokens / decode_s)
+            samples[role]["prefill"].append(batch_size * PROMPT_TOKENS / first_s)
+            samples[role]["decode"].append(batch_size * NEW_TOKENS / decode_s)
             samples[role]["first_token"].append(first_s)
     return {
         role: BatchSpeed(
@@ -150,15 +144,15 @@ def _measured(entries: Mapping[str, _Entry], work: tuple[int, int, int], rounds:
     }
 
 
-def _one_turn(decoder: Decoder, batch_size: int, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds of reading the prompt until the first new token is known, and of the ``new_tokens`` after it."""
+def _one_turn(decoder: Decoder, batch_size: int) -> tuple[float, float]:
+    """Seconds of reading the prompt until the first new token is known, and of the NEW_TOKENS after it."""
     vocab_size = text_config(decoder.model.config).vocab_size
-    prompt_BS = torch.randint(0, vocab_size, (batch_size, prompt_tokens), device=decoder.device)
+    prompt_BS = torch.randint(0, vocab_size, (batch_size, PROMPT_TOKENS), device=decoder.device)
     cache = decoder.new_cache()
     started = now(decoder.device)
     token_B = decoder.logits(decoder.hidden(prompt_BS, cache=cache)[:, -1]).argmax(dim=-1)
     read = now(decoder.device)
-    for _ in range(new_tokens):
+    for _ in range(NEW_TOKENS):
         token_B = decoder.logits(decoder.hidden(token_B.unsqueeze(1), cache=cache)[:, -1]).argmax(dim=-1)
     written = now(decoder.device)
     return read - started, written - read

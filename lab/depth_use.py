@@ -29,7 +29,7 @@ from shoal.errors import UserError
 from shoal.eval.compare.comparable import require_same_tokenizer
 from shoal.figures.atlas import band
 from shoal.figures.style import FAINT, ROLE_STYLE, clean, figure_style, heading, legend_above, panels
-from shoal.launch.verbs.evaluate import require_models_of_this_run
+from shoal.launch.verbs.evaluate import require_models_of_this_run, roles
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.run import Run, resolved
 from shoal.recipe.section import Section, Text
@@ -38,7 +38,7 @@ from shoal.task_words import task_words
 
 from .diagnostics import EffectiveDepth, diagnostics
 from .diagnostics import Settings as Diagnosing
-from .part import FOLDER, identity, in_interval, made, made_from_teacher, told
+from .part import FOLDER, identity, in_interval, made, told
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,7 +175,7 @@ def _runs(run: Run, settings: Settings) -> dict[str, tuple[Run, tuple[int, ...]]
     sweep, every = run.recipe.measure.sweep, tuple(range(run.num_layers))
     if sweep is None or "layer" not in sweep.operators:
         raise UserError("shoal lab depth_use: needs layers swept over tasks; name some in measure.sweep.tasks")
-    found = made_from_teacher(run)
+    found = {role: folder for role, folder in roles(run).items() if role in ("pruned", "distilled")}
     require_models_of_this_run(run, {"teacher": run.teacher, **found})
     kept = dict.fromkeys(found, Plan.load(run.dir / Plan.FILE).keep if found else ())
     if settings.beside is not None:

@@ -6,14 +6,12 @@ A part runs in one process.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.artifacts.artifact import Artifact, Provenance
 from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Estimate
 from shoal.formatting import interval_text
-from shoal.launch.verbs.evaluate import roles
 from shoal.launch.verbs.run import Run
 from shoal.models.load import load_model
 from shoal.recipe.section import Section, as_dict
@@ -37,11 +35,6 @@ def identity(run: Run, settings: Section, **content: Any) -> dict[str, Any]:
 def model_of(run: Run) -> Any:
     """The model that the run measures and cuts, loaded."""
     return load_model(run.teacher, device=device(), **run.load_args())
-
-
-def made_from_teacher(run: Run) -> dict[str, Path]:
-    """The folders of the pruned and of the distilled model, as far as they are there, by role."""
-    return {role: folder for role, folder in roles(run).items() if role in ("pruned", "distilled")}
 
 
 def made(

@@ -186,22 +186,16 @@ def _with_rows(output: Any, rows: RowsOfBatch, values: Tensor) -> Any:
     return with_state(output, changed)
 
 
-def with_halves(model: PreTrainedModel, layer: int) -> Sublayers:
-    """The halves of ``layer``."""
+def with_halves(model: PreTrainedModel, layer: int, *, heads: bool = False) -> Sublayers:
+    """The halves of ``layer``, with ``heads`` the projection that reads its heads among them."""
     checked([layer], len(decoder_layers(model)), "layer")
     halves = sublayers(model)[layer]
-    if halves.refusal:
-        raise UserError(halves.refusal)
+    if refusal := halves.head_refusal if heads else halves.refusal:
+        raise UserError(refusal)
     return halves
 
 
-def with_heads(model: PreTrainedModel, layer: int) -> Sublayers:
-    """The halves of ``layer``, the projection that reads its heads among them."""
-    checked([layer], len(decoder_layers(model)), "layer")
-    halves = sublayers(model)[layer]
-    if halves.head_refusal:
-        raise UserError(halves.head_refusal)
-    return halves
+with_heads = partial(with_halves, heads=True)
 
 
 def checked(indices: Sequence[int], count: int, what: str) -> None:

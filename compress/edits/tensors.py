@@ -1,8 +1,8 @@
-"""Tensors of decoder layers, put into a model or its student."""
+"""Tensors of decoder layers, put into a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -10,27 +10,6 @@ from transformers import PreTrainedModel
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-
-from ..surgery.cut_model import cut_model, kept_layers
-
-
-def with_layers(
-    model: PreTrainedModel, drop: Sequence[int], layers: Mapping[int, Mapping[str, Tensor]]
-) -> PreTrainedModel:
-    """A new model without the layers ``drop``, in which the named ``layers`` have the given tensors.
-
-    All indices are those of ``model``, which stays as it is. No tensor is copied: the new model shares its own with it.
-
-    Raises:
-        UserError: a cut that cut_model refuses; a layer that shares parameters with others.
-    """
-    for layer in layers:
-        refuse_shared_parameters(model, layer)
-    student = cut_model(model, drop, share=True)
-    keep = kept_layers(len(decoder_layers(model)), drop)
-    for layer, tensors in layers.items():
-        put_tensors(decoder_layers(student)[keep.index(layer)], tensors)
-    return student
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from shoal.launch.verbs.run import open_run
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.recipe import parse_recipe
 
-SHORT: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 4}
+
+@pytest.fixture(autouse=True, scope="module")
+def _short() -> Iterator[None]:
+    """Turns of a few tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "PROMPT_TOKENS", 16)
+        patch.setattr(speed, "NEW_TOKENS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +37,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Speed:
     whole = tiny_checkpoint(folder / "whole", "llama")
     cut = tiny_checkpoint(folder / "cut", "llama", num_hidden_layers=4)
     checkpoints = {role: Checkpoint.read(at, LoadSettings()) for role, at in (("teacher", whole), ("pruned", cut))}
-    return measure_speed(checkpoints, provenance=Provenance({}), batch_sizes=(3, 1), repeats=2, **SHORT)
+    return measure_speed(checkpoints, provenance=Provenance({}), batch_sizes=(3, 1))
 
 
 @pytest.mark.slow
@@ -39,7 +47,8 @@ def test_every_role_is_measured_at_every_batch_size(measured: Speed, tmp_path: P
         assert [batch.batch_size for batch in score.batches] == [1, 3]
         assert score.decode_tokens_per_s == score.batches[0].decode_tokens_per_s
         for batch in score.batches:
-            assert {kind: len(values) for kind, values in batch.samples.items()} == dict.fromkeys(speed.KINDS, 2)
+            rounds = speed.REPEATS if batch.batch_size == 1 else speed.FEWER_REPEATS
+            assert {kind: len(values) for kind, values in batch.samples.items()} == dict.fromkeys(speed.KINDS, rounds)
             assert min(batch.samples["prefill"]) <= batch.prefill_tokens_per_s <= max(batch.samples["prefill"])
             times = [16 * batch.batch_size / rate for rate in batch.samples["prefill"]]
             assert batch.samples["first_token"] == pytest.approx(times)
@@ -94,8 +103,8 @@ def test_roles_take_turns_and_none_is_always_first(monkeypatch: pytest.MonkeyPat
     checkpoints = {
         role: Checkpoint.read(tiny_checkpoint(tmp_path, kind), LoadSettings()) for role, kind in kinds.items()
     }
-    measure_speed(checkpoints, provenance=Provenance({}), batch_sizes=(1,), repeats=3, **SHORT)
-    assert "".join(turns) == "LG" + "LGGLLG"
+    measure_speed(checkpoints, provenance=Provenance({}), batch_sizes=(1,))
+    assert "".join(turns) == "LG" + "LGGLLGGLLG"
 
 
 def test_a_run_goes_on_where_its_speed_cannot_be_measured(

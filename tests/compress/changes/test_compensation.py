@@ -22,9 +22,9 @@ from shoal.compress.changes import fit, fold
 from shoal.compress.changes.calibration import Source
 from shoal.compress.changes.fit import SHRINKAGES, Fitted, Sums, fit_correction, fit_factor
 from shoal.compress.changes.fold import REMEDY
-from shoal.compress.edits.tensors import tensors_in_place, with_layers
+from shoal.compress.edits.tensors import tensors_in_place
 from shoal.compress.metrics.metric import Calibration
-from shoal.compress.surgery.cut_model import skipped
+from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of, with_state
@@ -99,7 +99,8 @@ def test_folded_factors_equal_a_hook_that_multiplies(name: str) -> None:
     assert all(factor != 1 for factor in factors.values())
     with skipped(teacher, DROP), multiplied(teacher, factors):
         expected = logits(teacher)
-    student = with_layers(teacher, DROP, found.layers)
+    with tensors_in_place(teacher, found.layers):
+        student = cut_model(teacher, DROP)
     assert_near(logits(student), expected)
     assert torch.equal(logits(teacher), before)
     assert not found.layers.keys() & {0, 1, 2}, "what lies below the first gap stays the teacher's"
@@ -117,7 +118,8 @@ def test_a_folded_correction_moves_the_state_towards_the_teachers(name: str, met
     factors = {gap.last: gap.factor for gap in found.gaps}
     assert all(gap.error_after < gap.error_before for gap in found.gaps)
     assert (method == "linear") == all(factor == 1 for factor in factors.values())
-    student = with_layers(teacher, DROP, found.layers)
+    with tensors_in_place(teacher, found.layers):
+        student = cut_model(teacher, DROP)
     # the teacher with the corrections alone: what the factors below took from layer 3 is given back
     product = factors[2]
     own = dict(decoder_layers(teacher)[3].named_parameters())

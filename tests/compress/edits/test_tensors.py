@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from model_outputs import logits
-from tiny import NUM_LAYERS, tiny_model
+from tiny import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.compress.edits.tensors import tensors_in_place, with_layers
-from shoal.compress.surgery.cut_model import skipped
+from shoal.compress.edits.tensors import tensors_in_place
+from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 
@@ -23,14 +23,9 @@ def test_parameters_shared_with_other_layers_are_refused() -> None:
     model = tiny_model("llama")
     layers = decoder_layers(model)
     setattr(layers[5].get_submodule("mlp.up_proj"), "weight", layers[2].get_parameter("mlp.up_proj.weight"))  # noqa: B010
-    with pytest.raises(UserError, match=r"layer 5: shares parameters with other layers of this llama model"):
-        with_layers(model, (), {5: {}})
-
-
-def test_own_tensors_of_a_layer_put_back_change_no_bit() -> None:
-    model = tiny_model("qwen2")
-    student = with_layers(model, (), {layer: tensors(model, layer) for layer in range(NUM_LAYERS)})
-    assert torch.equal(logits(student), logits(model))
+    shares = r"layer 5: shares parameters with other layers of this llama model"
+    with pytest.raises(UserError, match=shares), tensors_in_place(model, {5: {}}):
+        pass
 
 
 def test_tensors_in_place_are_the_student_with_layers_skipped_and_leave_the_teacher_as_it_was() -> None:
@@ -41,7 +36,9 @@ def test_tensors_in_place_are_the_student_with_layers_skipped_and_leave_the_teac
     with tensors_in_place(model, made), skipped(model, (4,)):
         changed = logits(model)
         assert not torch.equal(changed, intact)
-    assert torch.equal(logits(with_layers(model, (4,), made)), changed)
+    with tensors_in_place(model, made):
+        student = cut_model(model, (4,), share=True)
+    assert torch.equal(logits(student), changed)
     assert torch.equal(logits(model), intact)
     for name, parameter in model.named_parameters():
         assert parameter is before[name][0]  # an optimizer would find its own parameters
