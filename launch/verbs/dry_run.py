@@ -128,10 +128,6 @@ def _report(run: Run) -> list[Stage]:
     return [Stage("report", "to do", ", ".join(filter(None, ["report.html, report.md", gguf, pushed])))]
 
 
-def _push(run: Run) -> list[Stage]:
-    return [Stage("push", "to do", f"{run.dir / 'distilled'} to {run.recipe.export.hub_repo}")]
-
-
 DRY_RUNS: dict[str, Callable[[Run], list[Stage]]] = {
     "run": _all,
     "measure": _checked_measure,
@@ -140,7 +136,7 @@ DRY_RUNS: dict[str, Callable[[Run], list[Stage]]] = {
     "distill": _training,
     "eval": _scores,
     "report": _report,
-    "push": _push,
+    "push": lambda run: [Stage("push", "to do", f"{run.dir / 'distilled'} to {run.recipe.export.hub_repo}")],
 }
 """Verb -> what it would do, stage by stage."""
 
