@@ -11,7 +11,6 @@ import sys
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
@@ -19,7 +18,7 @@ from shoal.errors import not_encoded
 from shoal.formatting import meant
 from shoal.recipe.asked import ALLOW
 from shoal.redaction import printable, redacted_arguments, shortened
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,7 @@ class Verb:
         return bool(self.sections)
 
 
-_LISTED, _TAKEN = (
-    read_yaml(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("verbs.yaml", "options.yaml")
-)
+_LISTED, _TAKEN = (own_yaml(__file__, name) for name in ("verbs.yaml", "options.yaml"))
 VERBS = {
     name: Verb(row["help"], row["function"], tuple(row["examples"]), tuple(row.get("sections", ())))
     for name, row in _LISTED.items()

@@ -26,7 +26,7 @@ from shoal.atomic_files import free_disk
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.ranks import allowed_cores
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Folder in which Linux tells a container its limits."""
@@ -218,7 +218,7 @@ def data_sheet(device: torch.device) -> DataSheet | None:
     """The row of devices.yaml for ``device``; None = there is none, or it is less than its name says."""
     if device.type != "cuda" or LESS.search(name := device_name(device)):
         return None
-    rows = (DataSheet(**row) for row in read_yaml(Path(__file__).with_name("devices.yaml").read_text()))
+    rows = (DataSheet(**row) for row in own_yaml(__file__, "devices.yaml"))
     return next((row for row in rows if re.search(rf"\b{re.escape(row.name)}\b", name)), None)
 
 

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO, TypeVar
 
-from tqdm import tqdm
-
 from shoal.redaction import printable
 
 log = logging.getLogger(__name__)
@@ -30,6 +28,13 @@ POLL_S = 0.5
 """Seconds between two looks of the thread; bars are drawn as often."""
 BYTES = "bytes"
 """The unit that is told as a size."""
+
+
+def _tqdm() -> Any:
+    """The class of bars; its package takes a third of the time in which `shoal --help` answers."""
+    from tqdm import tqdm
+
+    return tqdm
 
 
 class Work:
@@ -59,7 +64,7 @@ class Work:
             left = "" if finished or self.total is None else ", {rate_fmt}, {remaining} left"
             ending = f"{{desc}}: {counts}, {{elapsed}}{left}"
         about: dict[str, Any] = {"total": self.total, "initial": self._known, "postfix": self.note, **size}
-        line = tqdm.format_meter(
+        line = _tqdm().format_meter(
             self.done, elapsed=now - self.started, prefix=self.label, bar_format=ending + "{postfix}", **about
         )
         return line.replace(f"s/ {self.unit}", " s each") if self.unit else line
@@ -69,7 +74,7 @@ class Work:
         if self.bar is None:
             unit: dict[str, Any] = {"unit": f" {self.unit}"} if self.unit else {"bar_format": "{desc}: {elapsed}"}
             unit = {"unit": "B", "unit_scale": True} if self.unit == BYTES else unit
-            self.bar = tqdm(total=self.total, desc=self.label, leave=False, file=stream, dynamic_ncols=True, **unit)
+            self.bar = _tqdm()(total=self.total, desc=self.label, leave=False, file=stream, dynamic_ncols=True, **unit)
             self.bar.start_t -= now - self.started
         self.bar.initial, self.bar.n = self._known, self.done
         self.bar.set_postfix_str(self.note, refresh=False)
@@ -97,6 +102,8 @@ class Speaker:
         self._lock = threading.RLock()
         self._others_speak: Callable[[], bool] = lambda: False
         self._thread: threading.Thread | None = None
+        if "tqdm" in sys.modules:  # whose own lock is shared with processes that may be killed while they hold it
+            _tqdm().set_lock(threading.RLock())
 
     def heard(self) -> None:
         """Something was said, by whomever."""
@@ -161,7 +168,12 @@ class Speaker:
 
 
 SPEAKER = Speaker()
-os.register_at_fork(after_in_child=SPEAKER.reset)
+# nothing is half said while a process forks: the locks that the thread holds then, the fork would hold for ever
+os.register_at_fork(
+    before=lambda: SPEAKER._lock.acquire(),
+    after_in_parent=lambda: SPEAKER._lock.release(),
+    after_in_child=SPEAKER.reset,
+)
 
 
 class Lines(logging.StreamHandler[TextIO]):
@@ -173,7 +185,7 @@ class Lines(logging.StreamHandler[TextIO]):
         if not any(work.bar for work in SPEAKER.works):
             super().emit(record)
             return
-        with tqdm.external_write_mode(file=self.stream):
+        with _tqdm().external_write_mode(file=self.stream):
             super().emit(record)
 
 

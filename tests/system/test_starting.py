@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from compared_runs import write_run
 
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "lm_eval", "numpy", "huggingface_hub")
 """Each takes longer to import than a recipe takes to be read."""
@@ -38,8 +40,28 @@ assert not loaded, loaded
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("there", "unloaded"), [(True, ()), (False, ("scipy", "matplotlib"))])
+def test_runs_are_compared_without_torch_and_refused_before_anything_is_drawn(
+    tmp_path: Path, there: bool, unloaded: tuple[str, ...]
+) -> None:
+    heavy = {*HEAVY, "scipy.stats", "scipy.optimize", "tqdm", *unloaded} - {"numpy"}
+    for name in ("a", "b") if there else "a":
+        write_run(tmp_path / name)
+    script = f"""
+import sys
+from shoal.launch.cli import _main
+code = _main(["compare", "a", "b", "--out", "out"])
+loaded = [name for name in {sorted(heavy)!r} if name in sys.modules]
+assert (code, loaded) == ({0 if there else 2}, []), (code, loaded)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_help_of_the_whole_loads_no_recipe() -> None:
-    script = "import sys; sys.modules['pydantic'] = None; from shoal.launch import cli; cli.main(['--help'])"
+    script = (
+        "import sys; sys.modules.update(pydantic=None, tqdm=None); from shoal.launch import cli; cli.main(['--help'])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "distill" in done.stdout

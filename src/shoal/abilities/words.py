@@ -2,16 +2,15 @@
 YAML beside this module."""
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 
 @cache
 def table(name: str) -> dict[str, Any]:
     """The table of this name: `words`, `facts` or `forms`."""
-    return read_yaml(Path(__file__).with_name(f"{name}.yaml").read_text(encoding="utf-8"))
+    return own_yaml(__file__, f"{name}.yaml")
 
 
 KEYS, NAMES, THINGS, OBJECTS, PLACES = (

@@ -6,7 +6,6 @@ What is below `internal` in a file is left out, and so are the private numbers o
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -17,13 +16,13 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.recipe.evaluate import CONFIGS_DIR
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 FOLDER = CONFIGS_DIR / "schemas"
 PUBLIC: tuple[type[Artifact], ...] = (Plan, Importance, Training, Scores, Speed)
 PRIVATE = {"TaskScore": ("items", "prompts", "matching"), "BatchSpeed": ("samples",), "SpeedScore": ("samples",)}
 """Fields inside of others that may change with every version."""
-ADDED: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+ADDED: dict[str, Any] = own_yaml(__file__)
 """What Artifact.body adds to the fields: of every kind `made`, and of some by their names what follows from others."""
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.atomic_files import written_file
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE: dict[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+STYLE: dict[str, Any] = own_yaml(__file__)
 """Settings of matplotlib."""
 INK, FAINT = STYLE["text.color"], STYLE["grid.color"]
 """Text and axes, which become the reader's own text colour in inline SVG; lines of the grid."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,7 @@ class Family:
             object.__setattr__(self, "no_flash", reason)
 
 
-FAMILIES = {
-    name: Family(**row)
-    for name, row in read_yaml(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")).items()
-}
+FAMILIES = {name: Family(**row) for name, row in own_yaml(__file__).items()}
 """Model type of the text decoder -> its exceptions."""
 
 

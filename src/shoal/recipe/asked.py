@@ -6,11 +6,10 @@ The command line is the user's own word, and so is Python. A file is data: it ma
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from shoal.errors import UserError
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 ALLOW = "allow"
 """Word of the command that stands where `section.key=value` may, and is no key of a recipe."""
@@ -39,7 +38,7 @@ class Row(NamedTuple):
         return found not in (None, False) if self.value is None else found == self.value
 
 
-ROWS = [Row(**row) for row in read_yaml(Path(__file__).with_name("asked.yaml").read_text(encoding="utf-8"))]
+ROWS = [Row(**row) for row in own_yaml(__file__)]
 
 
 def at(said: Any, place: str) -> Any:

@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_before_validator_function
 
 from shoal.recipe.section import Data, Positive, Section, Shapes, Text, TextSource, adapter
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 log = logging.getLogger(__name__)
 SUITES = ("quick", "transfer", "standard", "full")
@@ -129,8 +129,7 @@ class Suite(Section):
 
 def read_suite(name: str) -> Suite:
     """The suite of this name."""
-    text = (SUITES_DIR / f"{name}.yaml").read_text(encoding="utf-8")
-    return adapter(Suite).validate_python(read_yaml(text))
+    return adapter(Suite).validate_python(own_yaml(SUITES_DIR / name))
 
 
 def in_suites(names: Any) -> Any:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
-_FOLDER = Path(__file__).parent
-_ROWS: dict[str, list[str]] = read_yaml((_FOLDER / "field_words.yaml").read_text(encoding="utf-8"))
+_ROWS: dict[str, list[str]] = own_yaml(__file__)
 FIELD_WORDS: dict[str, str] = {word: key for key, words in _ROWS.items() for word in words}
 """Word of another tool, in small letters with `_` -> key here."""
-TRAINING_ARGUMENTS = frozenset((_FOLDER / "training_arguments.txt").read_text(encoding="utf-8").split())
+TRAINING_ARGUMENTS = frozenset(Path(__file__).with_name("training_arguments.txt").read_text(encoding="utf-8").split())
 """Fields of transformers.TrainingArguments, which takes seconds to load."""
 
 

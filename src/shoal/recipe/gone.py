@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml, read_yaml
 
-GONE: dict[str, str] = read_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+GONE: dict[str, str] = own_yaml(__file__)
 """Key without positions in lists, kind (`distill.losses.value_relation`) or value (`distill.trainable.replacement`) ->
 the end of the sentence `KEY: gone since 0.1; ...`, or `-> KEY` or `-> KEY = VALUE` where a word changes. What else is
 to be said stands behind a semicolon."""

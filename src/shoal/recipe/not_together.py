@@ -6,7 +6,6 @@ Everything else is kept apart by the types themselves: a section of two kinds ha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from shoal.recipe import losses
@@ -16,7 +15,7 @@ from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Compensate, Cut, CutByScore, CutThese, Width
 from shoal.recipe.section import Section
 from shoal.recipe.trainer_arguments import wrong_arguments
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 
 def _is_recorded(distill: Distill) -> bool:
@@ -60,7 +59,7 @@ IS_SO: dict[str, Callable[[Any], Any]] = {
     ),
 }
 """Name of a contradiction -> whether a section says it."""
-WORDS: dict[str, str] = read_yaml(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+WORDS: dict[str, str] = own_yaml(__file__)
 NOT_TOGETHER = {WORDS[name]: is_so for name, is_so in IS_SO.items()}
 """`place: why it is refused; what to set instead` -> whether a section says it, in the order of a recipe."""
 SECTIONS: dict[str, type[Section]] = {"measure": Measure, "prune": Cut, "distill": Distill}

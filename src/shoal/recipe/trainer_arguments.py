@@ -12,7 +12,7 @@ from shoal.formatting import meant
 from shoal.recipe.asked import at, refused
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.field_words import TRAINING_ARGUMENTS, field_word
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -32,7 +32,7 @@ HALVES = {"bf16": "bf16-mixed", "fp16": "fp16-mixed"}
 """Arguments that are distill.precision here."""
 OURS = ("use_liger_kernel", "torch_compile")
 """Arguments by which shoal does the work itself: its loss takes the place of a model's forward."""
-_REFUSED = read_yaml(Path(__file__).with_name("training_arguments.yaml").read_text(encoding="utf-8"))
+_REFUSED = own_yaml(__file__, "training_arguments.yaml")
 REFUSED_ARGUMENTS: dict[str, str] = {
     name: why for names, why in _REFUSED["refused"].items() for name in names.split()
 } | refused("distill.trainer")

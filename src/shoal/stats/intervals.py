@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
 
 Array = NDArray[np.float64]
 Limits = tuple[float, float, float]
 """A value, and the lower and the upper limit of its 95 % interval."""
-Z95 = float(stats.norm.ppf(0.975))
+Z95 = 1.959963984540054
+"""The normal distribution's quantile at 0.975."""
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -102,6 +102,13 @@ def combined(values: Sequence[float], lows: Sequence[float], highs: Sequence[flo
     return np.array([total - reach[0], total, total + reach[1]])
 
 
+def student(freedom: float) -> float:
+    """Student's quantile at 0.975 with so many degrees of freedom."""
+    from scipy import special  # as long to load as all that a comparison needs of shoal
+
+    return float(special.stdtrit(freedom, 0.975))
+
+
 def left_out_means(scores_NK: Array, weights_N: Array) -> Array:
     """(N, K): the weighted mean of every column without each of the items, two or more."""
     weighted_NK = scores_NK * weights_N[:, None]
@@ -116,7 +123,7 @@ def skewed_limits(left_out_NK: Array, value_K: Array, n: float) -> tuple[Array, 
     of Hall's (1992, J. R. Statist. Soc. B 54:221), which corrects for skew but strays where a few items are far out.
     ``n`` of weighted items is their effective_n.
     """
-    moves_NK, t = value_K - left_out_NK, float(special.stdtrit(max(n, 2.0) - 1, 0.975))
+    moves_NK, t = value_K - left_out_NK, student(max(n, 2.0) - 1)
     square_K, cube_K = (moves_NK**2).sum(axis=0), (moves_NK**3).sum(axis=0)
     error_K = np.sqrt(square_K * (1 - 1 / len(moves_NK)))
     skew_K = np.divide(cube_K, square_K**1.5, out=np.zeros_like(square_K), where=square_K > 0)  # of the mean
@@ -138,13 +145,15 @@ def t_test(left_out_NU: Array, change_U: Array, n: float) -> Array:
     exactly where the interval ends at zero. Where all items move alike there is no spread to go by, only their ``n``
     equal signs.
     """
+    from scipy import special
+
     low_U, high_U = skewed_limits(left_out_NU, change_U, n)
     reach_U = np.where(change_U > 0, change_U - low_U, high_U - change_U)
     n, size_U = max(n, 2.0), np.abs(change_U)
     spread_U = reach_U > 1e-9 * size_U  # rounding leaves a little
     # the interval reaches t(.975) standard errors, so this many of them lie between the change and zero
-    t_U = special.stdtrit(n - 1, 0.975) * size_U / np.where(spread_U, reach_U, 1.0)
-    return np.where(spread_U, 2 * stats.t.sf(t_U, n - 1), np.where(change_U == 0, 1.0, 2 ** (1 - n)))
+    t_U = student(n - 1) * size_U / np.where(spread_U, reach_U, 1.0)
+    return np.where(spread_U, 2 * special.stdtr(n - 1, -t_U), np.where(change_U == 0, 1.0, 2 ** (1 - n)))
 
 
 def correlation(first_N: Array, other_N: Array) -> float:

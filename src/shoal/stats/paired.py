@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
-from scipy import optimize, stats
 
 from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
@@ -30,6 +30,7 @@ from shoal.stats.intervals import (
     paired_correlation,
     ratio,
     skewed_limits,
+    student,
     t_test,
     wilson,
 )
@@ -183,9 +184,11 @@ def _unequal(first: object, second: object, fields: Sequence[str], *, of: str = 
 @lru_cache(maxsize=4096)
 def mcnemar(won: int, lost: int) -> float:
     """Exact two-sided p-value that wins and losses are equally likely (binomial test over the discordant items)."""
-    if won + lost == 0:
-        return 1.0
-    return float(stats.binomtest(won, won + lost, 0.5).pvalue)
+    n, fewer, ways, term = won + lost, min(won, lost), 1, 1
+    for right in range(fewer):
+        term = term * (n - right) // (right + 1)
+        ways += term
+    return min(1.0, 2 * ways / 2**n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -370,24 +373,22 @@ def minimal_detectable_difference(before: TaskScore, after: TaskScore, *, power:
     For 0/1 scores from the share of discordant items (Connor 1987), at least three of them; 1 where none can be shown.
     """
     before_N, after_N, weights_N = _aligned(before, after)
-    z_power, n = float(stats.norm.ppf(power)), before.n
+    z_power, n = NormalDist().inv_cdf(power), before.n
     if not (is_binary(before) and is_binary(after)):
         if n == 1:
             return math.inf
         change_N, effective = after_N - before_N, max(effective_n(weights_N), 2.0)
         share_N = weights_N / weights_N.sum()
         error = math.sqrt(float(share_N**2 @ (change_N - share_N @ change_N) ** 2) * effective / (effective - 1))
-        return (float(stats.t.ppf(0.975, effective - 1)) + z_power) * error
+        return (student(effective - 1) + z_power) * error
     discordant = min(1.0, max(int((before_N != after_N).sum()), 3) / n)
-
-    def shortfall(difference: float) -> float:
-        """Zero at the ``difference`` that is just shown with this power (Connor's equation)."""
-        spread = math.sqrt(max(discordant - difference**2, 0.0))
-        return difference * math.sqrt(n) - Z95 * math.sqrt(discordant) - z_power * spread
-
-    if shortfall(discordant) < 0:
+    if n < Z95**2:
         return 1.0
-    return float(optimize.brentq(shortfall, 0.0, discordant))  # pyright: ignore[reportArgumentType]
+    # Connor's equation, d sqrt(n) = Z95 sqrt(discordant) + z_power sqrt(discordant - d**2), solved for d
+    square = n + z_power**2
+    root = Z95 * math.sqrt(n) + z_power * math.sqrt(square - Z95**2)
+    least = root * math.sqrt(discordant) / square
+    return least if least <= discordant else 1.0
 
 
 def paired_table(before_N: Array, after_N: Array) -> dict[str, int]:

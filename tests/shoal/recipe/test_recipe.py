@@ -23,7 +23,7 @@ from shoal.recipe.messages import MOST_TOLD
 from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
 from shoal.recipe.section import TextSource, as_dict
-from shoal.yaml_text import read_yaml
+from shoal.yaml_text import own_yaml, read_yaml
 
 SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))
 
@@ -109,6 +109,13 @@ def test_however_much_is_wrong_it_is_told_in_a_few_lines_and_soon(
 def test_aliases_of_what_is_said_twice_are_read() -> None:
     text = "measure: &read {num_tokens: 64}\ndistill: {<<: *read, batch_size: 4}"
     assert read_yaml(text)["distill"] == {"num_tokens": 64, "batch_size": 4}
+
+
+def test_files_of_ours_say_the_same_to_libyaml() -> None:
+    root = Path(__file__).parents[3]
+    files = [*root.glob("src/shoal/**/*.yaml"), *root.glob("launch/*.yaml"), *root.glob("configs/suites/*.yaml")]
+    assert len(files) > 15
+    assert [own_yaml(file) for file in files] == [read_yaml(file.read_text(encoding="utf-8")) for file in files]
 
 
 def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> None:
