@@ -226,6 +226,8 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
     """Do what ``verb`` does; the run it was done in."""
     if STARTED in os.environ and ranks.is_main():
         Path(os.environ[STARTED]).touch()
+    # a process that had torch before may have computed, and one that computes cannot be forked
+    launched, forks = "LOCAL_RANK" in os.environ, verb in ("run", "distill") and "torch" not in sys.modules
     with loading():
         from shoal import runtime
 
@@ -233,7 +235,13 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         from .verbs.run import locked, open_run
 
         stage = _function(VERBS[verb].function)
-    launched = "LOCAL_RANK" in os.environ
+        if forks and not launched:
+            import shoal.eval.evaluate
+            import shoal.train.distill  # noqa: F401  # the rank has both then, as this process will
+
+            from .verbs.launch import forked_rank
+
+            launch = partial(launch, forked=forked_rank(recipe, main))
     if verb == "run" and launched:
         raise UserError("`shoal run` starts its own launchers; under a launcher, call measure, prune, distill and eval")
     if launched or (verb == "record" and ranks_of(verb, recipe) == 1):

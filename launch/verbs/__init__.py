@@ -6,7 +6,7 @@ measure   measure
 prune     which layers go, prune, what no measurement could make possible
 distill   record, distill
 overlap   evaluation items in text that a student learns from
-launch    a stage under the DeepSpeed launcher
+launch    a stage in ranks, under the DeepSpeed launcher or forked
 evaluate  eval
 report    report, and what the recipe exports: GGUF files, the Hub
 pipeline  run: all in order

@@ -1,4 +1,5 @@
-"""A stage under the DeepSpeed launcher, started from here. Nothing is imported that takes long."""
+"""A stage in ranks that are started from here: under the DeepSpeed launcher, or one that is forked. Nothing is imported
+that takes long."""
 
 from __future__ import annotations
 
@@ -7,15 +8,15 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.errors import EXIT_USER_ERROR, UserError
 from shoal.progress import SPEAKER, doing
-from shoal.ranks import VOICE, free_port, refuse_crowd
-from shoal.stopping import STOPS, run_launcher
+from shoal.ranks import LAUNCHED, VOICE, free_port, refuse_crowd
+from shoal.stopping import STOPS, Forked, run_launcher
 
 if TYPE_CHECKING:
     from shoal.recipe.recipe import Recipe
@@ -49,10 +50,25 @@ class LaunchRefused(UserError):
     """The launched ranks have refused the recipe, and said why."""
 
 
-def launch_ranks(verb: str, run: Run, *, config: str, overrides: Sequence[str]) -> None:
+def forked_rank(recipe: Recipe, main: Callable[[Sequence[str]], object]) -> Forked | None:
+    """The rank of a training, forked from this process, which has just loaded the libraries, to call ``main``.
+
+    None where ranks load all anew: there are several, or a device, of which a fork could use nothing, or torch would
+    have another number of threads, whose sums differ.
+    """
+    import torch
+
+    from shoal.machine import num_cores
+
+    as_many = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() == num_cores()
+    is_cpu = sys.platform == "linux" and not torch.accelerator.is_available()
+    return Forked(main) if is_cpu and as_many and ranks_of("distill", recipe) == 1 else None
+
+
+def launch_ranks(verb: str, run: Run, *, config: str, overrides: Sequence[str], forked: Forked | None = None) -> None:
     """Run ``verb`` of ``config``, a recipe or run directory, under the DeepSpeed launcher on this machine; wait for it.
 
-    ``run`` is that of the recipe with these overrides.
+    ``run`` is that of the recipe with these overrides. ``forked`` is its only rank, and has no launcher.
 
     Raises:
         LaunchEnded: the ranks have not come to their end.
@@ -62,7 +78,7 @@ def launch_ranks(verb: str, run: Run, *, config: str, overrides: Sequence[str]) 
     words = [verb, "--config", config, *overrides]
     if run.force and verb == "distill":
         words.append("--force")
-    start_ranks(verb, ranks_of(verb, run.recipe), words)
+    start_ranks(verb, ranks_of(verb, run.recipe), words, forked)
 
 
 def ranks_of(verb: str, recipe: Recipe) -> int:
@@ -75,27 +91,26 @@ def ranks_of(verb: str, recipe: Recipe) -> int:
     return 1 if by_vllm else ranks_to_start(recipe.num_processes)
 
 
-def start_ranks(verb: str, ranks: int, words: Sequence[str]) -> None:
+def start_ranks(verb: str, ranks: int, words: Sequence[str], forked: Forked | None = None) -> None:
     """Run the command of ``words`` in so many ``ranks`` under the DeepSpeed launcher; raises as launch_ranks does."""
     from shoal.runtime import free_memory
 
     refuse_crowd(ranks)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {free_port()}".split()
+    words = [*words, *[f"--{VOICE.loudness}"] * (VOICE.loudness != "usual")]
+    words += ["--json"] * (VOICE.events and verb == "distill")
+    command, port = [sys.executable, "-m", "deepspeed.launcher.runner"], str(free_port())
+    command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {port}".split()
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.launch.cli", *words]
-    if VOICE.loudness != "usual":
-        command.append(f"--{VOICE.loudness}")
-    if VOICE.events and verb == "distill":
-        command.append("--json")
-    log.info("%s: starting %d rank(s) under the DeepSpeed launcher", verb, ranks)
+    log.info("%s: starting %d rank(s)%s", verb, ranks, "" if forked else " under the DeepSpeed launcher")
     free_memory()  # what this process has cached on a device is not free to the ranks
     with tempfile.TemporaryDirectory() as folder:
         started = Path(folder) / "started"
+        environment = rank_environment(ranks) | {STARTED: str(started)}
+        as_rank = dict(zip(LAUNCHED, "001", strict=True), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         with doing(f"{verb}, launcher and ranks"):
             with SPEAKER.still(started.exists):
-                environment = rank_environment(ranks) | {STARTED: str(started)}
                 code, asked = run_launcher(
-                    command,
+                    forked.start(words, environment | as_rank) if forked else command,
                     environment,
                     ranks="shoal.launch.cli",
                     is_done=lambda: started.exists() and started.read_text() == DONE,

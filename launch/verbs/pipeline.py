@@ -23,7 +23,7 @@ from .run import Run, locked, write_story
 
 
 def run_all(run: Run, launch: Callable[[str, Run], None]) -> None:
-    """Every stage that is not done; ``launch`` runs a stage by its verb under the DeepSpeed launcher.
+    """Every stage that is not done; ``launch`` runs a stage by its verb in ranks.
 
     Training has processes of its own. Where there are GPUs, or several ranks are asked for, so has every stage: what
     this process held of a GPU would be missing there. The run directory is let go while launched ranks hold it.

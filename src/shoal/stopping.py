@@ -7,6 +7,7 @@ whatever it interrupts.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -107,10 +109,49 @@ def stop_at_once(number: int, text: str) -> None:
     os._exit(128 + number)
 
 
+class Forked:
+    """A process that is forked once the libraries are loaded, waits for its words, and calls ``be`` with them.
+
+    Whoever forks has computed nothing yet: of threads that compute a fork has none, and would wait for them.
+    """
+
+    def __init__(self, be: Callable[[Sequence[str]], object]) -> None:
+        told, self._tell = multiprocessing.Pipe(duplex=False)
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=_wait_and_be, args=(be, told, self._tell), daemon=True)
+        self._process.start()
+        told.close()
+        self.pid, self.poll = self._process.pid or 0, lambda: self._process.exitcode
+
+    def start(self, words: Sequence[str], environment: Mapping[str, str]) -> Forked:
+        """Let it begin, once."""
+        with contextlib.suppress(BrokenPipeError):  # it may have been killed
+            self._tell.send((words, {**environment, LAUNCHED_BY: str(os.getpid())}))
+        return self
+
+    def wait(self) -> int | None:
+        """Its exit code, once it has ended."""
+        self._process.join()
+        return self.poll()
+
+
+def _wait_and_be(be: Callable[[Sequence[str]], object], told: Connection, tell: Connection) -> None:
+    os.setsid()
+    tell.close()
+    multiprocessing.current_process().daemon = False  # it may have processes of its own
+    try:
+        words, environment = told.recv()
+    except EOFError:  # whoever would tell them is gone
+        return
+    os.environ.update(environment)
+    be(words)
+
+
 def run_launcher(
-    command: Sequence[str], environment: Mapping[str, str], *, ranks: str, is_done: Callable[[], bool]
+    command: Sequence[str] | Forked, environment: Mapping[str, str], *, ranks: str, is_done: Callable[[], bool]
 ) -> tuple[int, int | None]:
-    """The exit code of a launcher of ranks, and the signal that this process was sent meanwhile, if any.
+    """The exit code of a launcher of ranks, and the signal that this process was sent meanwhile, if any; or that of the
+    only rank, which has begun and needs no launcher.
 
     DeepSpeed's ends with 0 where the launcher of its node was killed; unless ``is_done`` that is 1 here.
 
@@ -121,10 +162,11 @@ def run_launcher(
     environment = {**environment, LAUNCHED_BY: str(os.getpid())}
     asked: list[int] = []
     with on_stop(asked.append):
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        is_rank = isinstance(command, Forked)
+        process = command if is_rank else subprocess.Popen(command, env=environment, start_new_session=True)
         while (code := process.poll()) is None and not asked:
             time.sleep(0.1)
-        patience_s = SAVE_S if code is None and _ask_to_stop(process.pid, ranks) else 0
+        patience_s = SAVE_S if code is None and _ask_to_stop(process, ranks) else 0
         begun, said = time.monotonic(), False
         while process.poll() is None and len(asked) < 2 and (waited := time.monotonic() - begun) < patience_s:
             if waited > QUIET_S and not said:
@@ -142,14 +184,15 @@ def run_launcher(
                     os.killpg(process.pid, 0)
                     time.sleep(0.1)
                 os.killpg(process.pid, signal.SIGKILL)
-        return code or process.wait(), asked[0] if asked else None
+        return code or process.wait() or 0, asked[0] if asked else None
 
 
-def _ask_to_stop(launcher: int, ranks: str) -> bool:
+def _ask_to_stop(launcher: subprocess.Popen[bytes] | Forked, ranks: str) -> bool:
     """Send SIGTERM to the ranks; whether there are any. The launchers in between would kill them at once, and a rank
     whose interpreter is only just starting would print a traceback at SIGINT."""
-    any_asked = False
-    for child in psutil.Process(launcher).children(recursive=True):
+    if any_asked := isinstance(launcher, Forked):
+        os.kill(launcher.pid, signal.SIGTERM)
+    for child in psutil.Process(launcher.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             words = child.cmdline()[:5]
             if ranks in words and not any("deepspeed" in word for word in words):

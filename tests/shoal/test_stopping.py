@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from ranks import Shoal, wait_for
 from training_runs import MANY_STEPS, write_recipe
 
-from shoal.stopping import LAUNCHED_BY, _alive, on_stop, run_launcher
+from shoal.stopping import LAUNCHED_BY, Forked, _alive, on_stop, run_launcher
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +94,40 @@ def test_ranks_that_outlive_their_launcher_are_ended(
     assert run_launcher(command, os.environ, ranks="a.rank", is_done=bool) == (code or 1, None)
     pid = int(number.read_text())
     wait_for(lambda: not psutil.pid_exists(pid) or not _alive(psutil.Process(pid)), "the rank to end", 5)
+
+
+def test_a_fork_is_what_it_is_told_to_be(tmp_path: Path) -> None:
+    def be(words: Sequence[str]) -> None:
+        (tmp_path / words[0]).write_text(
+            f"{os.environ['WORD']} {os.environ[LAUNCHED_BY]} {os.getsid(0) == os.getpid()}"
+        )
+        sys.exit(7)
+
+    forked = Forked(be)
+    assert run_launcher(forked.start(["file"], {"WORD": "a"}), {}, ranks="", is_done=bool) == (7, None)
+    assert (tmp_path / "file").read_text() == f"a {os.getpid()} True"
+
+
+def test_a_fork_is_asked_to_stop_as_ranks_are() -> None:
+    forked = Forked(lambda _: time.sleep(60)).start([], {})
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    assert run_launcher(forked, {}, ranks="", is_done=bool) == (-signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), 9)"])
+def test_a_fork_that_is_told_nothing_ends_with_the_process_that_waits_to_tell_it(end: str) -> None:
+    code = f"import os, sys; from shoal.stopping import Forked; print(Forked(print).pid, flush=True); {end}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    pid = int(done.stdout)
+    wait_for(lambda: not psutil.pid_exists(pid) or not _alive(psutil.Process(pid)), "the fork to end", 5)
+
+
+def test_a_fork_that_was_killed_while_it_waited_has_its_signal_for_an_exit_code() -> None:
+    forked = Forked(print)
+    os.kill(forked.pid, signal.SIGKILL)
+    wait_for(lambda: forked.poll() is not None, "its end", 5)
+    assert run_launcher(forked.start([], {}), {}, ranks="", is_done=bool) == (-signal.SIGKILL, None)
 
 
 def test_signals_are_left_alone_off_the_main_thread() -> None:

@@ -11,9 +11,10 @@ import os
 import random
 import resource
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from signal import SIGKILL, SIGTERM
+from signal import SIGINT, SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
@@ -112,6 +113,49 @@ def test_a_killed_process(
         assert kept >= before >= moment
         assert not (tmp_path / "run/distilled").exists()
     same_bits(goes_on(run(path, "num_processes=2", ranks=2), kept), undisturbed)
+
+
+@pytest.mark.parametrize("number", [SIGKILL, SIGINT], ids=["SIGKILL", "SIGINT"])
+def test_a_run_of_one_process_that_is_ended_in_every_stage(
+    once: Any, pruned: Any, tmp_path: Path, chance: random.Random, number: int
+) -> None:
+    """Its rank is forked from it, and no launcher has a part in it."""
+    path, settings = pruned(tmp_path, **SETTINGS), ["measure.num_tokens=512", "eval.limit=40"]
+    trained = tmp_path / "run" / "distilled"
+
+    def ended(moment: Callable[[], Any], victim: str = "shoal") -> None:
+        shoal = Shoal(tmp_path, "run", "--config", str(path), *settings)
+        while not moment():
+            assert shoal.process.poll() is None, shoal.said[-3000:]
+            time.sleep(0.01)
+        (rank,) = started = shoal.children()
+        (shoal.process if victim == "shoal" else rank).send_signal(number)
+        shoal.process.wait(timeout=60)
+        all_gone(started)
+        assert shoal.process.returncode not in (0, 2), shoal.said[-3000:]
+        assert number == SIGKILL or "Traceback" not in shoal.said
+        time.sleep(0.1)  # the next begins when nothing holds the run directory
+
+    ended(lambda: (tmp_path / "run" / "run.json").exists())
+    for victim in ("shoal", "rank", "shoal"):
+        kept = newest(tmp_path / "run")
+        ended(lambda kept=kept: newest(tmp_path / "run") > kept + chance.randrange(STEPS // 8), victim)
+    assert not trained.exists()
+    shoal = Shoal(tmp_path, "run", "--config", str(path), *settings)
+    while not (tmp_path / "run/eval/teacher.json").exists():
+        assert shoal.process.poll() is None, shoal.said[-3000:]
+        time.sleep(0.01)
+    shoal.process.send_signal(number)
+    shoal.process.wait(timeout=60)
+    assert trained.exists()
+    assert "resuming from" in shoal.said
+    assert "launcher" not in shoal.said
+    shoal = Shoal(tmp_path, "run", "--config", str(path), *settings)
+    assert shoal.process.wait(timeout=120) == 0, shoal.said[-3000:]
+    assert (tmp_path / "run/report.html").exists()
+    same_bits(
+        Trial(path), Trial(once("alone", lambda folder: finished(run(pruned(folder, **SETTINGS)))) / "recipe.yaml")
+    )
 
 
 # --- what happens to files and to the clock -----------------------------------------------------------------------

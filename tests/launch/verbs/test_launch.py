@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ranks import environment
+from training_runs import Trial, finished, run
 
 import shoal
 from shoal import machine
@@ -55,6 +58,32 @@ def test_ranks_see_the_devices_that_the_command_was_told_to_use(
     del environment["PYTHONSAFEPATH"]
     subprocess.run([sys.executable, *command.split()], env=environment, cwd=tmp_path, check=True, capture_output=True)
     assert [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in range(ranks)] == [visible] * ranks
+
+
+NOTHING_ELSE = """import subprocess, sys
+from shoal.launch.cli import main
+popen = subprocess.Popen
+def refusing(command, *more, **options):
+    assert command[0] != sys.executable, command
+    return popen(command, *more, **options)
+subprocess.Popen = refusing
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_on_one_cpu_starts_no_other_python_and_trains_what_a_started_rank_does(
+    tmp_path: Path, pruned: Any
+) -> None:
+    """Loading torch, transformers and DeepSpeed takes as long as the whole of a small training."""
+    path, other = (pruned(tmp_path / name) for name in ("forked", "started"))
+    command = [sys.executable, "-c", NOTHING_ELSE, "run", str(path), "measure.num_tokens=512", "device=cpu"]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "distill: starting 1 rank(s)\n" in done.stderr
+    ours, theirs = Trial(path), finished(run(other))
+    assert ours.curve() == theirs.curve()
+    assert all(torch.equal(weight, ours.weights()[name]) for name, weight in theirs.weights().items())
 
 
 @pytest.mark.parametrize("door", ["shoal", "shoal.run"])
