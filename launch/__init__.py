@@ -21,12 +21,22 @@ Folders:
 from __future__ import annotations
 
 import signal
+import sys
 
 
-def main() -> None:
-    """Entry point of `shoal`: until its modules are loaded, Ctrl-C ends the process without a traceback."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `shoal` and of the scripts of this folder."""
+    _end_without_traceback()
     from .cli import main
 
-    main()
+    main(argv)
+
+
+def _end_without_traceback() -> None:
+    """Let Ctrl-C end the process in silence until its modules are loaded."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+if sys.argv[:1] == ["-m"] and {f"{__name__}.cli", f"{__name__}.upgrade"}.intersection(sys.orig_argv):
+    _end_without_traceback()  # Python imports this folder before the module that it was told to run

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def _with_keys_as_words(parser: argparse.ArgumentParser, argv: Sequence[str], sections: Sequence[str]) -> Iterator[str]:
     """The words of a command, every option that is a key of the recipe as `section.key=value`."""
+    from shoal.recipe.evaluate import CONFIGS_DIR
     from shoal.recipe.keys import flow_text, may_be, place_of, type_at
+
+    def may_stand_alone(word: str) -> bool:  # as a recipe, a model, an override
+        names = word, CONFIGS_DIR / f"{word}.yaml"
+        return re.search(r"^-|[=/:]|\.ya?ml$", word) is not None or any(map(os.path.exists, names))
 
     rest = list(argv)
     while rest:
@@ -115,7 +121,8 @@ def _with_keys_as_words(parser: argparse.ArgumentParser, argv: Sequence[str], se
             continue
         kind = type_at(place)
         is_switch = may_be(kind, "true")
-        if not equals and rest and not rest[0].startswith("--") and (not is_switch or may_be(kind, rest[0])):
+        is_value = bool(rest) and not rest[0].startswith("--")
+        if not equals and is_value and (not is_switch or may_be(kind, rest[0]) or not may_stand_alone(rest[0])):
             value = rest.pop(0)
         elif not equals and is_switch:
             value = "true"

@@ -2,7 +2,7 @@
 
 import sys
 
-from shoal.launch.cli import main
+from shoal.launch import main
 
 if __name__ == "__main__":
     main(["measure", *sys.argv[1:]])

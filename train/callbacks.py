@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from transformers.integrations.integration_utils import WandbCallback
 
 from shoal.artifacts.artifact import differences
 from shoal.artifacts.evaluation import TaskScore
-from shoal.atomic_files import write_json, write_text, written_folder
+from shoal.atomic_files import read_json, write_json, write_text, written_folder
 from shoal.errors import explained_disk_errors
 from shoal.progress import doing, progress
 from shoal.ranks import VOICE, is_main, rank
@@ -143,11 +144,8 @@ class Watcher(TrainerCallback):
         """
 
         def read() -> dict[str, Any] | None:
-            file = self._folder / "best.json"
-            if not file.is_file():
-                return None
-            best = json.loads(file.read_bytes())
-            return None if differences(self._inputs, best["inputs"]) else best
+            best = read_json(self._folder / "best.json")
+            return None if not best or differences(self._inputs, best.get("inputs", {})) else best
 
         return agreed(read)
 
@@ -208,9 +206,9 @@ class Events(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if is_main():
             goes_on = state.global_step and self._file.is_file()  # a log may have been deleted
-            kept = self._file.read_text(encoding="utf-8").splitlines() if goes_on else []
-            whole = (line for line in kept if line.endswith("}"))  # the last one may be torn
-            kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
+            kept = self._file.read_text(encoding="utf-8", errors="replace").splitlines() if goes_on else []
+            steps = (re.fullmatch(r'\{"step": (\d+)\b.*\}', line) for line in kept)  # of one that is torn none
+            kept = [step[0] for step in steps if step and int(step[1]) <= state.global_step]
             write_text(self._file, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

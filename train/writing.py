@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from shoal.abilities.knowledge import stated_facts
 from shoal.abilities.matching import AMOUNT, MATCHING, amounts, number, plain
-from shoal.atomic_files import fingerprint, write_json, write_text
+from shoal.atomic_files import fingerprint, read_json, write_json, write_text
 from shoal.data.chat import Chat, check_template
 from shoal.data.repetition import ends_in_loop
 from shoal.data.sources import documents, load_texts, opened
@@ -127,7 +127,7 @@ def _identity(how: Generate, chosen: Sequence[Prompt], *, inputs: dict[str, Any]
 
 def _kept(place: Path, *, assistant_only: bool) -> list[Written]:
     records = _read(place / TEXTS)
-    counts = json.loads((place / COUNTS).read_text(encoding="utf-8"))
+    counts = read_json(place / COUNTS)
     log.info("teacher text: %s; in %s", ", ".join(f"{count:,} {reason}" for reason, count in counts.items()), place)
     if not records:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)

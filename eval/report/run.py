@@ -14,6 +14,7 @@ from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import read_json
 from shoal.errors import UserError
+from shoal.recipe.remembered import refuse_misplaced
 
 OF_THE_STUDENT = ("student", "prune.", "control.")
 """Beginnings of inputs of a training in which a control differs from the student's."""
@@ -68,6 +69,7 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run directory; run a stage of the recipe first")
+    refuse_misplaced(folder)
     evaluations = {
         role: evaluation
         for role in (*ROLES, MODEL)

@@ -13,8 +13,11 @@ from glob import glob
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from shoal.atomic_files import fingerprint, known_hash
+import yaml
+
+from shoal.atomic_files import fingerprint, known_hash, read_text
 from shoal.errors import UserError
 from shoal.recipe.evaluate import CONFIGS_DIR, DEFAULT, SUITES, Limit
 
@@ -34,6 +37,8 @@ NAMES = re.compile(
 """Names at the top of a task file: one, a list in brackets, or one on lines of its own."""
 LISTED = re.compile(rf"""(?:^[ \t]*-[ \t]|^|,)[ \t]*["']?((?![#-]){NAME})""", flags=re.MULTILINE)
 """Names in such a list."""
+OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
+"""What a task file of lm-eval can ask for."""
 TASKS = re.compile(r"^task:[ \t]*[\"']?([\w./-]+)", flags=re.MULTILINE)
 
 
@@ -43,9 +48,40 @@ def refuse_unknown(
     """Refuse a name that no task file defines; ``setting`` is what names them."""
     folders = task_folders(include_path)
     described, tags = described_tasks(folders)
+    for file in (file for folder in folders[2:] for file in sorted(folder.rglob("*.yaml"))):
+        if any(name in read_text(file) for name in names):
+            _refuse_task_file(file)
     for name in names:
         if name not in described and name not in tags and name not in _defined(folders):
             raise unknown(name, folders, setting)
+
+
+def _refuse_task_file(file: Path) -> None:
+    """Refuse a task file of the user that is no YAML, says too little, or asks for what lm-eval does not know."""
+    settings = _with_includes(file)
+    if not isinstance(settings.get("task"), str) or {"dataset", "class", "group"} & settings.keys():
+        return
+    if (kind := settings.get("output_type", OUTPUT_TYPES[-1])) not in OUTPUT_TYPES:
+        raise UserError(f"{file}: output_type: must be one of {', '.join(OUTPUT_TYPES)} (got {kind!r})")
+    if not settings.get("dataset_path") and not settings.get("custom_dataset"):
+        raise UserError(f"{file}: dataset_path: is required; name a data set of the Hub, or json with data_files")
+
+
+def _with_includes(file: Path) -> dict[str, Any]:
+    """What a task file says with all that it includes; a function is its name."""
+    try:
+        settings, whole = yaml.safe_load(read_text(file).replace("!function ", "")), dict[str, Any]()
+        if not isinstance(settings, dict):
+            raise yaml.YAMLError(f"it is {type(settings).__name__}, not a mapping")
+        included = settings.pop("include", None) or []
+        for name in included if isinstance(included, list) else [included]:
+            if not (other := file.parent / str(name)).is_file():
+                raise UserError(f"{file}: include: no file {str(name)!r}; correct it, or remove it")
+            whole |= _with_includes(other)
+        return whole | settings
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = "it includes itself, or nests too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{file}: is not a task file: {problem}; correct it, or remove it") from error
 
 
 def tasks_named(names: Sequence[str], include_path: str | Path | None) -> list[str] | None:
@@ -84,6 +120,7 @@ def unknown(name: str, folders: Sequence[Path], setting: str = "eval.tasks") -> 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else "`shoal list tasks` names shoal's own"
     hint = f"it could be {', '.join(begun)}" if begun else hint
+    hint = "a task file names it, and none defines it" if name in known else hint
     return UserError(f"{setting}: {name!r} is not a task of shoal or lm-eval; {hint}")
 
 

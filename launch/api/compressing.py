@@ -32,7 +32,8 @@ from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers, require_positions
-from shoal.models.in_memory import Model, as_model, identity_of, left_as_it_was, require_tokenizer
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.in_memory import WEIGHTS, Model, as_model, identity_of, left_as_it_was, require_tokenizer, weights_of
 from shoal.models.load import load_model, without_data
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure, Sweeps, num_removals, scored_by
@@ -98,7 +99,7 @@ def measure_importance(
             num_drop=num_removals(CutByScore(), len(decoder_layers(model))),
             seed=seed,
         )
-        inputs = identity_of(model, seed=seed) | {"rows": rows.fingerprint}
+        inputs = identity_of(model, seed=seed) | {WEIGHTS: weights_of(model), "rows": rows.fingerprint}
         inputs |= shaping(section, Shapes.IMPORTANCE, "measure.")
         del inputs["measure.data"]  # `rows` says what it was
         found = replace(scores, provenance=Provenance(inputs, model=inputs["model"]))
@@ -183,7 +184,7 @@ def choose_layers(
     Importance.require(importance, "importance")
     choice = choose_changes(settings, num_layers=importance.num_layers, importance=importance)
     inputs = {
-        "model": importance.provenance.inputs.get("model"),
+        **{name: importance.provenance.inputs.get(name) for name in ("model", WEIGHTS)},
         "importance": importance.provenance.fingerprint,
         **shaping(settings, Shapes.PLAN, "prune."),
     }
@@ -226,6 +227,11 @@ def cut_model(
             raise UserError(
                 f"drop: the plan is for {drop.num_layers} layers, but the model has {num_layers}; make another plan"
             )
+        if not _made_for(drop, model):
+            raise UserError(
+                f"drop: the plan is for {drop.provenance.model or 'another model'}, and this model has other weights; "
+                "make another plan, or pass drop=plan.drop"
+            )
         if drop.changes:
             raise UserError(
                 f"drop: the plan changes layers that stay ({drop.changes[0].words}); load the student from its "
@@ -235,6 +241,14 @@ def cut_model(
     settings = checked(_Cut, {"prune": {"drop": drop, "changes": changes}}, source="shoal.cut_model").prune
     require_layers(settings.drop, len(decoder_layers(model)), "prune.drop")
     return _changed(model, settings, tokenizer, data) if settings.changes else surgery.cut_model(model, settings.drop)
+
+
+def _made_for(plan: Plan, model: PreTrainedModel) -> bool:
+    """Whether ``plan`` is one for these weights, wherever they were loaded from, as far as both tell."""
+    (name, weights), folder = map(plan.provenance.inputs.get, ("model", WEIGHTS)), Path(model.config.name_or_path)
+    if weights is not None:
+        return weights == weights_of(model)
+    return name is None or not (folder / "config.json").is_file() or name == model_fingerprint(folder)
 
 
 @dataclass(frozen=True)

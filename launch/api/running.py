@@ -22,6 +22,7 @@ from shoal.errors import UserError, explained_paths
 from shoal.eval.report.card import model_card
 from shoal.eval.report.hub import push
 from shoal.eval.report.run import read_run
+from shoal.models.anatomy import decoder_layers
 from shoal.models.load import load_model
 from shoal.recipe.recipe import parse_recipe, read_settings, settled
 from shoal.recipe.remembered import remembering
@@ -186,6 +187,10 @@ def push_to_hub(
         raise UserError(
             "shoal.push_to_hub: plan: is missing, and the card needs it; pass it, or call model.push_to_hub, which "
             "writes no card"
+        )
+    if (kept := len(decoder_layers(model))) != len(plan.keep):
+        raise UserError(
+            f"shoal.push_to_hub: plan: keeps {len(plan.keep)} layers, and the model has {kept}; pass its own"
         )
     if len({one.role for one in scores}) < len(scores):
         raise UserError("shoal.push_to_hub: scores: two have the same role; set one in evaluate, such as role='pruned'")

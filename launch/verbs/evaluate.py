@@ -218,7 +218,6 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
                 why = f"cannot be checked: {file} is of an older shoal, which did not store a checksum"
             elif told and told != model_fingerprint(model):
                 why = f"is not the model of {file}: its weights, configuration or tokenizer differ"
-                why += " are others"
             else:
                 continue
             raise UserError(f"{model}: {why}; delete it, and `shoal distill` restores it from the last checkpoint")

@@ -25,6 +25,7 @@ from shoal.formatting import listed
 from shoal.model_names import names_model
 from shoal.progress import loading
 from shoal.recipe.recipe import load_recipe
+from shoal.redaction import redacted_arguments
 from shoal.yaml_text import read_yaml
 
 from .early import refuse_early
@@ -61,6 +62,10 @@ def compare(asked: argparse.Namespace) -> Any:
 def each(asked: argparse.Namespace, run_one: Callable[[Sequence[str]], int]) -> Any:
     """The table of a run for every combination of the values of --each; ``run_one`` runs the recipe with overrides and
     returns the exit code, with which the process ends where a run fails."""
+    for word, axis in itertools.product(asked.words, asked.each):
+        key, each_key = word.partition("=")[0], axis.partition("=")[0]
+        if f"{key}.".startswith(f"{each_key}."):
+            raise UserError(f"--each {each_key}: would replace {redacted_arguments([word])[0]}; give only one of them")
     run_dir = Path(load_recipe(asked.config, asked.words).run_dir).expanduser()
     runs = combinations(run_dir, asked.each)
     for more in runs.values():  # the last of them is refused before the first one has taken hours

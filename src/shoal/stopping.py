@@ -170,9 +170,9 @@ def run_launcher(
         begun, said = time.monotonic(), False
         while process.poll() is None and len(asked) < 2 and (waited := time.monotonic() - begun) < patience_s:
             if waited > QUIET_S and not said:
-                said = True
+                said, again = True, "Ctrl-C again" if asked[:1] == [signal.SIGINT] else "a second SIGTERM"
                 with contextlib.suppress(OSError):
-                    os.write(2, b"shoal: waiting for the ranks to save and end; Ctrl-C again ends them now\n")
+                    os.write(2, f"shoal: waiting for the ranks to save and end; {again} ends them now\n".encode())
             time.sleep(0.1)
         if (code := process.poll()) == 0 and not is_done():
             code = 1

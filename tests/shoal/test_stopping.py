@@ -20,6 +20,7 @@ from training_runs import MANY_STEPS, write_recipe
 from shoal.stopping import LAUNCHED_BY, Forked, _alive, on_stop, run_launcher
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_ctrl_c_ends_a_stage_at_once(teacher: Path, tmp_path: Path) -> None:
@@ -61,18 +62,25 @@ def deaf_ranks(ready: Path) -> list[str]:
     return [sys.executable, "-c", launcher, deaf, "a.rank", str(ready)]
 
 
-def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "again"), [(signal.SIGINT, "Ctrl-C again"), (signal.SIGTERM, "a second SIGTERM")], ids=["ctrl-c", "term"]
+)
+def test_a_second_signal_ends_ranks_that_do_not_come_to_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int, again: str
+) -> None:
+    monkeypatch.setattr("shoal.stopping.QUIET_S", 0.2)
     ready = tmp_path / "ready"
     command, begun = deaf_ranks(ready), time.monotonic()
 
     def twice() -> None:
         wait_for(ready.exists, "the rank")
-        os.kill(os.getpid(), signal.SIGINT)
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        os.kill(os.getpid(), number)
+        threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
 
     threading.Thread(target=twice).start()
-    assert run_launcher(command, os.environ, ranks="a.rank", is_done=bool) == (-signal.SIGKILL, signal.SIGINT)
+    assert run_launcher(command, os.environ, ranks="a.rank", is_done=bool) == (-signal.SIGKILL, number)
     assert 1 < time.monotonic() - begun < 30
+    assert f"waiting for the ranks to save and end; {again} ends them now" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("code", [-signal.SIGKILL, 0])
@@ -128,6 +136,30 @@ def test_a_fork_that_was_killed_while_it_waited_has_its_signal_for_an_exit_code(
     os.kill(forked.pid, signal.SIGKILL)
     wait_for(lambda: forked.poll() is not None, "its end", 5)
     assert run_launcher(forked.start([], {}), {}, ranks="", is_done=bool) == (-signal.SIGKILL, None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "shoal.launch.cli", "list"],
+        ["-m", "shoal.launch.upgrade", "x"],
+        ["-c", "from shoal.launch import main; main(['list'])"],
+        *([str(ROOT / "launch" / f"{name}.py")] for name in ("distill", "eval", "measure", "record")),
+    ],
+    ids=lambda words: " ".join(words)[-30:],
+)
+def test_ctrl_c_while_modules_are_loaded_prints_no_traceback(tmp_path: Path, words: list[str]) -> None:
+    """The module of YAML, which all of them load, is one here that presses Ctrl-C."""
+    (tmp_path / "yaml.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    ended = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
 
 
 def test_signals_are_left_alone_off_the_main_thread() -> None:

@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import yaml
 from tiny import set_json
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 import shoal
@@ -50,12 +51,24 @@ def header(text: str, size: int | None = None) -> bytes:
     return struct.pack("<Q", len(text) if size is None else size) + text.encode()
 
 
+def added_tokens(count: int) -> Callable[[Path], object]:
+    """A tokenizer with so many tokens more."""
+
+    def add(path: Path) -> None:
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.add_tokens([f"<z{number}>" for number in range(count)])
+        tokenizer.save(str(path))
+
+    return add
+
+
 DAMAGE: dict[str, Any] = {
     "DEEP": DEEP,
     "BOMB": BOMB,
     "CODE": CODE,
     "header": header,
     "cut": cut,
+    "added_tokens": added_tokens,
     "LONG": "a" * 300,
     "copied": lambda name: lambda path: shutil.copytree(path.parent / name, path),
     "copied_file": lambda name: lambda path: shutil.copy(path.parent / name, path),

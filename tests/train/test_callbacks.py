@@ -56,6 +56,20 @@ def test_steps_are_traced_from_the_first_to_the_last_or_to_the_end(tmp_path, ste
     assert sum(event["name"] == "aten::exp" for event in events) == last - steps[0] + 1
 
 
+def test_a_log_with_torn_lines_keeps_the_whole_ones_of_steps_that_stay(tmp_path):
+    lines = [
+        b'{"step": 1, "loss": 2.0}',
+        b"}",
+        b'\xe9{"step": 1}',
+        b'{"step": 9}',
+        b'{"step": 2, "lo',
+        b'{"step": 2, "loss": 1.0}',
+    ]
+    (tmp_path / Events.FILE).write_bytes(b"\n".join(lines))
+    Events(tmp_path, tokens_per_step=1).on_train_begin(None, SimpleNamespace(global_step=3), None)
+    assert (tmp_path / Events.FILE).read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+
+
 BEST: dict[str, Any] = {"tasks": ("knowledge",), "metric_for_best_model": "knowledge"}
 
 

@@ -36,10 +36,8 @@ class Identity(Generic[A]):
         result.
 
         Raises:
-            UserError: a folder in its place, or as Artifact.load.
+            UserError: as Artifact.load.
         """
-        if self.path.is_dir():
-            raise UserError(f"{self.path}: a folder with this name exists; delete it, or set run_dir to another folder")
         if not self.path.is_file():
             return None
         return differences(self.inputs, self.kind.load(self.path).provenance.inputs)

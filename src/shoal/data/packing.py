@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.atomic_files import read_json
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
@@ -346,8 +346,7 @@ def read_rows(folder: Path) -> PackedRows:
         for name in (*PLANES, IMAGES)
         if (folder / f"{name}.npy").is_file()
     }
-    counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
-    return packed_rows(planes, counts)
+    return packed_rows(planes, read_json(folder / COUNTS))
 
 
 def packed_rows(planes: Mapping[str, Tensor], counts: dict[str, dict[str, int]]) -> PackedRows:

@@ -17,13 +17,21 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from shoal.atomic_files import read_json
+from shoal.atomic_files import read_json, read_text
 from shoal.errors import UserError
 from shoal.model_names import ADAPTER_CONFIG
 
 DOWNLOAD_AGAIN = "create or download the checkpoint again"
-MOST = {"num_hidden_layers": 100_000, "hidden_size": 2**24, "vocab_size": 2**30, "num_attention_heads": 2**24}
+MOST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 100_000),
+    **dict.fromkeys(("hidden_size", "n_embd", "num_attention_heads", "n_head"), 2**24),
+    **dict.fromkeys(("vocab_size", "intermediate_size", "head_dim", "num_key_value_heads"), 2**30),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), 1),
+    **dict.fromkeys(("rope_theta", "rotary_emb_base", "factor", "max_position_embeddings", "n_positions"), 1e30),
+}
 """Numbers of a config.json that have to be above 0 -> no model has more."""
+DIVIDE = (("num_key_value_heads", "num_attention_heads"), ("num_attention_heads", "hidden_size"))
+"""Whole numbers of which the first has to divide the second; the last pair only if no key names the size of a head."""
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 """Ends of the names of architectures that read text and write none."""
 NO_TOKENIZER = "no usable tokenizer ({}); copy the base model's tokenizer files there"
@@ -156,7 +164,8 @@ def check_checkpoint(folder: Path) -> None:
     A safetensors file says in its header how long it must be, so that a torn file shows without reading its data.
     """
     check_config(folder)
-    json_or_empty(folder / "tokenizer_config.json")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", WRITING):
+        json_or_empty(folder / name)
     shapes = [(name, tensor.shape) for shard in read_shards(folder) for name, tensor in shard.tensors.items()]
     widths = {shape[-1] for name, shape in shapes if len(shape) == 1 or (shape and ("emb" in name or "wte" in name))}
     if widths and text_part(json_or_empty(folder / "config.json")).get("hidden_size") not in {*widths, None}:
@@ -201,9 +210,21 @@ def check_config(folder: Path) -> None:
             "config.json"
         )
     config = json_or_empty(folder / "config.json")
-    for section, (name, most) in itertools.product((config, text_part(config)), MOST.items()):
-        if isinstance(count := section.get(name), int) and not 0 < count <= most:
-            raise UserError(f"{folder}: config.json has {name}: {count}; correct it, or {DOWNLOAD_AGAIN}")
+    sections = [config, text_part(config)]
+    ropes = [rope for part in sections for rope in map(part.get, ("rope_parameters", "rope_scaling"))]
+    of_kinds = (each for rope in ropes if isinstance(rope, dict) for each in (rope, *rope.values()))  # of layers
+    sections += [each for each in of_kinds if isinstance(each, dict)]
+    for section, (name, most) in itertools.product(sections, MOST.items()):
+        number = section.get(name)  # some families have a list, one for each layer
+        if isinstance(number, str | bool) or (isinstance(number, int | float) and not 0 < number <= most):
+            raise UserError(f"{folder}: config.json has {name}: {number!r}; correct it, or {DOWNLOAD_AGAIN}")
+    text = text_part(config)
+    has_size = any(text[key] and re.search("head_dim|head_size|kv_channels|d_kv", key) for key in text)
+    for name, other in DIVIDE[: 2 - has_size]:
+        part, whole = text.get(name), text.get(other)
+        if type(part) is int and type(whole) is int and whole % part:
+            problem = f"{name}: {part}, which does not divide {other}: {whole}"
+            raise UserError(f"{folder}: config.json has {problem}; correct it, or {DOWNLOAD_AGAIN}")
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder}: config.json has architectures: {names!r}; set it to a list with the class's name")
@@ -284,7 +305,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
         digest.update(name.encode() + (folder / name).read_bytes())
     settings = json_or_empty(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"
-    chat = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
+    chat = read_text(template) if template.is_file() else settings.get("chat_template")
     tokens = {
         key: value["content"] if isinstance(value, dict) else value
         for key in TOKENIZER_SETTINGS

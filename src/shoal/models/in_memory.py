@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
 from shoal.model_names import DEMO_PREFIX, refuse_revision
@@ -26,6 +28,8 @@ from shoal.runtime import device
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = "weights"
+"""Name, among the inputs of a result, of what weights_of says of its model."""
 Model = PreTrainedModel | str
 """A model in memory, or the name of one: a folder, an id of the Hub, `demo:smollm2-135m`."""
 
@@ -99,12 +103,16 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrain
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"tokenizer: is {type(tokenizer).__name__}; give a tokenizer of transformers")
     embeddings = model.get_input_embeddings()
-    rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None  # its weight may be sharded
-    if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
-        refuse_ids_beyond(rows, tokenizer, "tokenizer")
+    rows = (
+        embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else sys.maxsize
+    )  # its weight may be sharded
+    has_more = max(tokenizer.get_vocab().values(), default=0) >= rows
     pad: Any = tokenizer.pad_token_id
-    if pad is None or (rows is not None and pad >= rows):
+    if has_more or pad is None:
         tokenizer = copy.deepcopy(tokenizer)
+    if has_more:
+        refuse_ids_beyond(rows, tokenizer, "tokenizer")
+    if pad is None or pad >= rows:
         pad_with_end(tokenizer, "tokenizer")
     return tokenizer
 
@@ -138,6 +146,15 @@ def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
 def identity_of(model: PreTrainedModel, *, seed: int) -> dict[str, Any]:
     """What a result of ``model`` is made from besides settings."""
     return {"model": name_of(model), "dtype": str(model.dtype).removeprefix("torch."), "seed": seed}
+
+
+def weights_of(model: PreTrainedModel) -> str:
+    """A hash that tells ``model`` from others, in whichever precision it was loaded: of the shape of its embeddings and
+    the largest number in some of their rows."""
+    weight: Any = model.get_input_embeddings().weight
+    some = weight.detach()[:: max(1, len(weight) // 64)]
+    is_here = not weight.is_meta and weight.numel()
+    return fingerprint([list(weight.shape), some.abs().amax(dim=-1).to(torch.bfloat16).tolist() if is_here else None])
 
 
 def name_of(model: PreTrainedModel) -> str:

@@ -8,9 +8,11 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -28,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from shoal.errors import UserError
 from shoal.machine import available_memory, device_memory, ranks_on_this_node
@@ -146,6 +149,7 @@ def refuse_ids_beyond(rows: int, tokenizer: PreTrainedTokenizerBase, name: str) 
     """Refuse a tokenizer, called ``name`` in messages, that makes ids from ``rows`` on out of text.
 
     Published checkpoints have special tokens beyond their embeddings that no text holds: for padding, or for images.
+    One that has such tokens refuses from now on each text that holds one.
     """
     fast: Any = tokenizer
     ids, added, template = fast.get_vocab(), fast.get_added_vocab(), str(fast.chat_template or "")
@@ -160,6 +164,19 @@ def refuse_ids_beyond(rows: int, tokenizer: PreTrainedTokenizerBase, name: str) 
             f"only for the ids 0 to {rows - 1:,}; give the tokenizer that the model was trained with, or resize the "
             "embeddings"
         )
+    setattr(tokenizer, "_encode_plus", partial(_encoded_below, rows, name, tokenizer))  # noqa: B010
+
+
+def _encoded_below(rows: int, name: str, tokenizer: Any, *args: Any, **settings: Any) -> Any:
+    """What ``tokenizer`` makes of texts, all of it ids below ``rows``."""
+    encoded = type(tokenizer)._encode_plus(tokenizer, *args, **settings)
+    if (largest := max((int(np.max(ids)) for ids in encoded["input_ids"] if np.size(ids)), default=0)) >= rows:
+        raise UserError(
+            f"{name}: a text holds {tokenizer.convert_ids_to_tokens(largest)!r} (token id {largest:,}), but the model "
+            f"has only {rows:,} embeddings; remove it from the text, give the tokenizer that the model was trained "
+            "with, or resize the embeddings"
+        )
+    return encoded
 
 
 def load_model(
@@ -358,7 +375,12 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     check_config(folder)  # shows what is wrong before transformers makes a list of layers
     with _explained(folder, f"config.json cannot be used ({{}}); correct it, or {DOWNLOAD_AGAIN}"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        how = getattr(config, "quantization_config", None)
+        if isinstance(how, dict) and not AutoHfQuantizer.supports_quant_method(how):  # which would be passed over
+            method = how["quant_method"]
+            raise UserError(f"{folder}: quant_method {method!r} is unknown to this version of transformers; upgrade it")
+        return config
 
 
 def reads_images(config: PreTrainedConfig) -> bool:
@@ -440,7 +462,7 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     Raises:
         UserError: transformers has no causal language model of that type, or needs a package that is not installed.
     """
-    remedy = f"cannot be built from config.json ({{}}); install the missing package, or {DOWNLOAD_AGAIN}"
+    remedy = "cannot be built from config.json ({}); correct it, or install the package that it needs"
     with _explained(config.model_type, remedy):
         with torch.device("meta"), no_init_weights():
             # transformers writes precision and attention into what it is given

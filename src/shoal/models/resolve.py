@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from shoal.atomic_files import cache_dir, file_hash, make_folder, only_process, written_folder
 from shoal.errors import UserError
 from shoal.model_names import DEMO_MODELS, DEMO_PREFIX, refuse_no_model
-from shoal.models.checkpoint_files import check_checkpoint, check_config
+from shoal.models.checkpoint_files import check_checkpoint
 from shoal.models.download import CONFIGS, download
 from shoal.models.load import load_config
 from shoal.progress import doing
@@ -58,7 +58,6 @@ def find_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     folder = Path(name).expanduser()
     if not folder.exists():
         folder = download(name, revision, patterns=CONFIGS)
-    check_config(folder)
     return load_config(folder, trust_remote_code=trust_remote_code)
 
 

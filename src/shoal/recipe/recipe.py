@@ -150,6 +150,9 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         kind = "nothing" if raw is None else type(raw).__name__
         raise UserError(f"{file}: must be a mapping of settings, got {kind}")
+    if {"schema", "made"} <= raw.keys() or {"model_type", "architectures"} & raw.keys():
+        kind = "result of shoal" if "made" in raw else "model's configuration"
+        raise UserError(f"{file}: is a {kind}, not a recipe; name a recipe, a run directory or a model's folder")
     return raw
 
 

@@ -28,6 +28,9 @@ RESULTS = (FILE, "run.json", "importance.json", "plan.json", "distill.json", "ev
 """What a run leaves, whichever stages it had."""
 FOLDERS = ("checkpoints", "control", "distilled", "eval", "figures", "gguf", "signals", "student", "text")
 """What stages write into or replace."""
+IN_FOLDERS = ("lab", "sweep", "wandb", ".ranks", "eval/items", "control/checkpoints", "control/distilled")
+FILES = (*RESULTS, "log.jsonl", "results.json", "report.md", "report.html", "wandb_run_id", "wandb_logged")
+"""Other folders of a run, and its files."""
 _HEAD = "# kept by shoal: the settings of this run, with overrides; `shoal COMMAND RUN_DIR` reads them\n"
 _OURS = re.compile(r"# kept by shoal: .*\n(# signature (?P<signature>\w+)\n)?")
 
@@ -84,11 +87,21 @@ def refuse_other_folder(run_dir: Path) -> None:
     """
     if os.path.lexists(run_dir) and not run_dir.is_dir():
         raise UserError(f"{run_dir}: a file or broken link with this name exists; set run_dir to another folder")
+    refuse_misplaced(run_dir)
     if (run_dir / "config.json").exists():
         raise UserError(f"{run_dir}: is the folder of a model; set run_dir to another folder")
     taken = [name for name in FOLDERS if (run_dir / name).exists()]
     if taken and not any(any(run_dir.glob(name)) for name in RESULTS):
         raise UserError(f"{run_dir}: not a run directory, and its {taken[0]}/ would be replaced; set another run_dir")
+
+
+def refuse_misplaced(run_dir: Path) -> None:
+    """Refuse a run directory with a file in place of one of its folders, or a folder in place of one of its files."""
+    folders = (run_dir / name for name in (*FOLDERS, *IN_FOLDERS))
+    wrong = [(path, "file or broken link") for path in folders if os.path.lexists(path) and not path.is_dir()]
+    wrong += [(path, "folder") for name in FILES for path in run_dir.glob(name) if path.is_dir()]
+    for path, kind in wrong[:1]:
+        raise UserError(f"{path}: a {kind} with this name exists; delete it, or set run_dir to another folder")
 
 
 def remember(run_dir: Path, memory: str) -> None:

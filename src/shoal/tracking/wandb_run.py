@@ -11,6 +11,7 @@ import json
 import logging
 import netrc
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -50,29 +51,35 @@ def wandb_mode(track: Track) -> Literal["online", "offline", "off"]:
     """online, offline or off.
 
     Raises:
-        UserError: online was asked for and there is no API key.
+        UserError: online was asked for and there is no API key, or one that W&B would refuse.
     """
     if track.wandb in ("off", "offline"):
         return track.wandb
     wanted = os.environ.get("WANDB_MODE") if track.wandb is None else None
     if wanted in ("offline", "dryrun"):
         return "offline"
-    if wanted != "disabled" and _has_key():
+    if wanted != "disabled" and (key := _key()):
+        if not re.fullmatch(r"\w{40,}|[^-]*-[\w-]{40,}|[\w-]+(\.[\w-]+){2}", key):  # of an own server; short-lived
+            raise UserError(
+                f"track.wandb: the API key is not one of W&B (40 or more letters and digits; it has {len(key)} "
+                "characters); run `wandb login`, correct WANDB_API_KEY, or set track.wandb=off"
+            )
         return "online"
     if track.wandb == "online":
         raise UserError("track.wandb: online needs an API key; run `wandb login`, set WANDB_API_KEY, or use offline")
     return "off"
 
 
-def _has_key() -> bool:
-    """Whether there is a key in the environment or in the file that `wandb login` writes; W&B is not loaded for it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+def _key() -> str:
+    """The key in the environment or in the file that `wandb login` writes, empty = none; W&B is not loaded for it."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
     server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(server) is not None
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(server)
     except (OSError, ValueError, netrc.NetrcParseError):  # not there, or nothing that W&B could read
-        return False
+        return ""
+    return (found or ("", "", ""))[2]
 
 
 def start(track: Track, run_dir: Path, recipe: dict[str, Any]) -> Run | None:

@@ -42,6 +42,7 @@ from shoal.launch.verbs.launch import LaunchEnded
 from shoal.launch.verbs.measure import measure as measure_stage
 from shoal.launch.verbs.prune import prune as prune_stage
 from shoal.launch.verbs.run import open_run
+from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.in_memory import as_model
 from shoal.recipe.distill import Distill
 from shoal.recipe.recipe import load_recipe
@@ -309,6 +310,10 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
             r"drop: the plan changes layers that stay \(a factor of 1.500 for layers 2 to 3\); load the student",
         ),
         (
+            lambda m, t: shoal.push_to_hub(m, t, "me/x", plan=plan_of()),
+            r"shoal.push_to_hub: plan: keeps 4 layers, and the model has 6; pass its own",
+        ),
+        (
             lambda m, t: healed(m, t, trainer={"save_steps": 5}),
             r"trainer.save_steps: shoal.distill saves nothing; remove it, or use shoal.DistillationTrainer",
         ),
@@ -338,6 +343,43 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
 def test_what_cannot_work_is_refused(call: Any, message: str) -> None:
     with pytest.raises(shoal.UserError, match=message):
         call(tiny_model("llama"), tiny_tokenizer())
+
+
+def test_a_plan_is_for_the_weights_that_it_was_made_of_wherever_they_lie(tmp_path: Path) -> None:
+    teacher = tiny_model("llama")
+    teacher.save_pretrained(tmp_path / "copy")
+    copy: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype=torch.bfloat16)
+    other = tiny_model("llama", seed=1)
+    other.config.name_or_path = str(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    inputs = {"model": model_fingerprint(tmp_path / "copy")}
+    of_a_run = Plan(Provenance(inputs, model="a/teacher"), 6, (2,), "")
+    for plan, name in ((shoal.choose_layers(measured(teacher, tiny_tokenizer()), 1), "llama"), (of_a_run, "a/teacher")):
+        assert shoal.cut_model(copy, plan).config.num_hidden_layers == 5
+        with pytest.raises(
+            shoal.UserError, match=f"drop: the plan is for {name}, and this model has other weights; make"
+        ):
+            shoal.cut_model(other, plan)
+        assert shoal.cut_model(other, plan.drop).config.num_hidden_layers == 5
+
+
+def test_text_with_a_token_beyond_the_embeddings_is_refused() -> None:
+    """Published tokenizers have such tokens, which no text holds; the caller's tokenizer stays as it is."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    tokenizer.add_tokens([f"<z{number}>" for number in range(20)])
+    own = {"data": ["<z9> one <z19> two"] * 9, "num_tokens": 64, "sequence_length": 32}
+    assert measured(model, tokenizer, num_tokens=64, sequence_length=32).num_layers == 6
+    calls = (
+        lambda: shoal.measure_importance(model, tokenizer, **own),
+        lambda: shoal.distill(shoal.cut_model(model, [1]), model, tokenizer=tokenizer, **own),
+        lambda: shoal.cut_model(model, [1], changes=["compensate"], tokenizer=tokenizer, data=own["data"]),
+    )
+    for call in calls:
+        with pytest.raises(
+            shoal.UserError, match=r"a text holds '<z19>' \(token id 278\), but the model has only 272 emb"
+        ):
+            call()
+    assert max(tokenizer("<z19>")["input_ids"]) == 278
 
 
 def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> None:

@@ -14,6 +14,7 @@ import pytest
 from offline_wandb import read_tracked
 from results import evaluation, importance, training
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from wandb.sdk.lib.wbauth.validation import check_api_key
 
 from shoal.errors import UserError
 from shoal.eval.report.findings import score_rows
@@ -158,6 +159,15 @@ def test_a_key_is_needed_only_where_online_is_asked_for(monkeypatch: pytest.Monk
     netrc.write_text(f"machine api.wandb.ai\n login user\n password {KEY}\n")
     netrc.chmod(0o600)
     assert wandb_run.wandb_mode(Track()) == "online"
+    for key in ("short", "local-" + KEY[:38], "local-" + KEY, "head.pay-load.sign_ed", KEY + "!"):
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        if check_api_key(key) is None:
+            assert wandb_run.wandb_mode(Track()) == "online"
+            continue
+        with pytest.raises(
+            UserError, match=rf"track\.wandb: the API key is not one of W&B \(.* it has {len(key)} char"
+        ):
+            wandb_run.wandb_mode(Track(wandb="online"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_run.wandb_mode(Track()) == "offline"
 
