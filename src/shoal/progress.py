@@ -102,7 +102,7 @@ class Speaker:
         self._lock = threading.RLock()
         self._others_speak: Callable[[], bool] = lambda: False
         self._thread: threading.Thread | None = None
-        if "tqdm" in sys.modules:  # whose own lock is shared with processes that may be killed while they hold it
+        if sys.modules.get("tqdm"):  # whose own lock is shared with processes that may be killed while they hold it
             _tqdm().set_lock(threading.RLock())
 
     def heard(self) -> None:
