@@ -51,7 +51,7 @@ def test_a_stop_of_shoal_saves_on_its_ranks(pruned: Any, tmp_path: Path, number:
     said = without_progress(shoal.stop(number))
     assert shoal.process.returncode == 128 + number, shoal.said
     (line,) = said
-    assert "(as asked), saved; the same command goes on from there" in line
+    assert "(as asked), saved; the same command resumes from there" in line
     assert not (tmp_path / "imported").exists()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import time
 from collections.abc import Callable
@@ -70,8 +71,8 @@ def newest(run_dir: Path) -> int:
 def goes_on(trial: Trial, kept: int) -> Trial:
     """The end of a training that had a checkpoint of the step ``kept``, which it went on from, or from a later one."""
     trial = finished(trial)
-    (told,) = (line for line in trial.log.splitlines() if "resuming from" in line)
-    assert int(told.rpartition("checkpoint-")[2]) >= kept > 0
+    (step,) = re.findall(r"resuming from \S*checkpoint-(\d+)$", trial.log, re.MULTILINE)
+    assert int(step) >= kept > 0
     return trial
 
 
