@@ -9,7 +9,6 @@ distill.py, measure.py, eval.py and record.py are scripts as well: `deepspeed la
     eval       script: the eval verb on every rank
     measure    script: the measure verb on every rank
     record     script: the record verb on every rank
-    upgrade    `python -m shoal.launch.upgrade OLD.yaml`: a recipe of before in the words of now
 
 Folders:
 

@@ -23,16 +23,6 @@ def gone(place: str) -> str | None:
     return "removed in 0.1; " + (f"write {words[3:].replace(' =', ':')}" if words.startswith(MOVES) else words)
 
 
-def moved(place: str, value: object) -> tuple[str, object] | None:
-    """Key and value of now that mean what ``value`` meant at ``place`` of an older recipe; None = not by a word."""
-    for told, keeps in ((GONE.get(f"{place}.{value}", ""), False), (GONE.get(place, ""), True)):
-        if told.startswith(MOVES):
-            key, has_value, new = told[3:].partition(";")[0].partition(" = ")
-            if has_value or keeps:
-                return key, read_yaml(new) if has_value else value
-    return None
-
-
 def without_positions(place: str) -> str:
     """``place`` without positions in lists."""
     return re.sub(r"\.\d+(?=\.|$)", "", place)
