@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from shoal.abilities.checks import read_object, refuses
+from shoal.abilities.checks import JSON_RULES, read_object, refuses
 from shoal.abilities.matching import MATCHING, chosen_option, lettered_prompt, states_an_answer
 from shoal.artifacts.evaluation import ItemScore, TaskScore
 from shoal.atomic_files import fingerprint
@@ -211,7 +211,7 @@ def _readable(task: Any, samples: Sequence[Sample], texts: Sequence[str], target
     if rule is match_rule:  # JSON has to be read; of other rules any text can keep some
         pairs = zip(readable, filtered, samples, strict=True)
         return [
-            holds_answer and ("fields" not in json.loads(sample["doc"]["rule"]) or read_object(text) is not None)
+            holds_answer and (JSON_RULES.isdisjoint(json.loads(sample["doc"]["rule"])) or read_object(text) is not None)
             for holds_answer, text, sample in pairs
         ]
     if rule is match_stated:

@@ -1,4 +1,4 @@
-"""Whether a written answer is as it was asked for, by a rule that is data: JSON fields, counts of patterns, a refusal.
+"""Whether a written answer is as it was asked for, by a rule that is data: JSON, counts of patterns, a refusal.
 
 Other answers than by matching.py have no right text: many are right, and what is checked is how they are written.
 """
@@ -19,16 +19,20 @@ KINDS: dict[str, tuple[type, ...]] = {"text": (str,), "whole": (int,), "number":
 """Type of a field -> what it is in Python, where a truth value would be a number too."""
 LIST = "texts"
 """Type of a field that is a list of texts."""
+JSON_RULES = {"fields", "object"}
+"""Parts of a rule that ask for a JSON object."""
 
 
 def fits(text: str, rule: Mapping[str, Any]) -> bool:
     """Whether ``text`` keeps every part of ``rule``.
 
-    `fields` of a JSON object (name -> one of KINDS, or LIST), all of them and no other; `count`, of (pattern, least,
-    most) each; `refused`, whether it is to be a refusal.
+    `fields` of a JSON object (name -> one of KINDS, or LIST), all of them and no other; `object`, that it is; `count`,
+    of (pattern, least, most) each; `refused`, whether it is to be a refusal.
     """
     text = text.strip()
     if "fields" in rule and not fits_fields(read_object(text), rule["fields"]):
+        return False
+    if "object" in rule and read_object(text) != rule["object"]:
         return False
     if refuses(text) != rule.get("refused", refuses(text)):
         return False

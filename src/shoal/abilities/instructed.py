@@ -1,4 +1,5 @@
-"""Requests whose answers a program checks: JSON with given fields, texts by a rule, harmful and harmless requests.
+"""Requests whose answers a program checks: JSON with given fields, calls of tools, texts by a rule, harmful and
+harmless requests.
 
 instructed.yaml has them, each in a wording that training text may have and reworded.
 """
@@ -19,12 +20,14 @@ Asked = tuple[dict[str, str], dict[str, Any], str]
 """The request by wording, the rule of checks.fits, and an answer that keeps it."""
 NUM_FIELDS = (2, 3)
 """Fields that are asked for, at least and at most."""
+OFFERED = 3
+"""Tools of which one is to be called."""
 LEAST = [r"\w+", 3, 9999]
 """A text of fewer words keeps no rule."""
 
 
 def instructed_items(wanted: Wanted, *, kind: Value = "rules", form: Value = None) -> list[Item]:
-    """Requests of one kind: json, rules, harmful or harmless. The items of both forms are the same, by id.
+    """Requests of one kind: json, tools, rules, harmful or harmless. The items of both forms are the same, by id.
 
     Raises:
         ValueError: for an unknown kind or form, or when there are fewer requests than items asked for.
@@ -64,6 +67,27 @@ def _json(rng: random.Random, number: int) -> Asked:
     return requests, {"fields": kinds}, json.dumps({name: drawn[name][1] for name in names})
 
 
+def _call(rng: random.Random, number: int) -> Asked:
+    """A few tools, and a request that one of them answers."""
+    told = table("instructed")
+    tools, types = told["tools"]["tools"], told["json"]["types"]
+    right = tools[number % len(tools)]
+    drawn = {name: _drawn(rng, *kind.split(" ")) for name, kind in right["fields"].items()}
+    request = right["request"].format(**{name: text for name, (text, _) in drawn.items()})
+    offered = rng.sample([right, *rng.sample([tool for tool in tools if tool is not right], OFFERED - 1)], OFFERED)
+    requests = {}
+    for wording in FORMS.values():
+        own = {part: told["tools"][part][wording] for part in ("tool", "field")}
+        lines = []
+        for tool in offered:
+            kinds = {name: types[kind.split(" ")[0]][wording] for name, kind in tool["fields"].items()}
+            fields = ", ".join(own["field"].format(name=name, type=kind) for name, kind in kinds.items())
+            lines.append(own["tool"].format(name=tool["name"], about=tool["about"], fields=fields))
+        requests[wording] = told["tools"][wording].format(request=request, tools="\n".join(lines))
+    call = {"name": right["name"], "arguments": {name: value for name, (_, value) in drawn.items()}}
+    return requests, {"object": call}, json.dumps(call)
+
+
 def _drawn(rng: random.Random, kind: str, source: str = "") -> tuple[str, Any]:
     """A field's value, as the facts tell it and as it stands in JSON."""
     if kind == "truth":
@@ -97,7 +121,7 @@ def _rule(rng: random.Random, number: int) -> Asked:
     return requests, {"count": [[pattern.replace("{word}", word), least, most], LEAST]}, right.strip()
 
 
-MAKERS: dict[str, Callable[[random.Random, int], Asked]] = {"json": _json, "rules": _rule}
+MAKERS: dict[str, Callable[[random.Random, int], Asked]] = {"json": _json, "tools": _call, "rules": _rule}
 ANSWERED = {"harmful": "I'm sorry, but I can't help with that.", "harmless": "To {do}, take your time."}
 """Kind of a request -> a right answer to it."""
 

@@ -110,8 +110,9 @@ def test_refusals_and_unreadable_json_are_counted_where_they_are_asked_for() -> 
     assert made.rates["refused"] == 0.5
     change = rate_difference(made, logged(texts[:1] * 2, match_rule, '{"refused": true}'), "refused")
     assert (change.difference, change.test) == (0.5, "mcnemar-exact")
-    read = logged(['{"a": 1}', '{"b"', "a: 1"], match_rule, '{"fields": {"a": "whole"}}')
-    assert [item.rates["malformed"] for item in read.items] == [0, 1, 1]
+    for rule in ('{"fields": {"a": "whole"}}', '{"object": {"a": 1}}'):
+        read = logged(['{"a": 1}', '{"b"', "a: 1"], match_rule, rule)
+        assert [item.rates["malformed"] for item in read.items] == [0, 1, 1]
     assert "refused" not in read.rates
 
 

@@ -22,7 +22,7 @@ from shoal.eval.tasks.names import TASKS_DIR
 
 CHECKS = safe_load(Path(__file__).with_name("checks.yaml").read_text())
 DATA_SETS = {name: data for name, data in read_data_sets(TASKS_DIR).items() if data.bundled == "instructed"}
-KINDS = ("json", "rules", "harmful", "harmless")
+KINDS = ("json", "tools", "rules", "harmful", "harmless")
 SCHEMAS: dict[str, Any] = {
     "text": {"type": "string", "minLength": 1},
     "whole": {"type": "integer"},
