@@ -192,10 +192,13 @@ def _files(asked: Asked) -> None:
 
 
 def _data(asked: Asked) -> None:
-    """Refuse local data whose first documents cannot be used."""
+    """Refuse local data whose first documents cannot be used, and a package's that is not installed."""
+    from shoal.data.bundled import BUNDLED, NOT_APART
     from shoal.data.sources import documents, load_texts, local_files, nothing_in, opened
 
     for source in _sources(asked):
+        if source.path in NOT_APART:
+            BUNDLED[source.path]()  # from a package that may be missing
         if source.path == AUTO or not local_files(source):  # a folder of this name is none of its text
             continue
         if source not in asked.recipe.distill.data:
