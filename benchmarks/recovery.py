@@ -1,4 +1,4 @@
-"""Recovery where a published number stands: one cut, several ways to heal it, public benchmarks, one table.
+"""Recovery where a published number stands: one plan, several ways to distil, public benchmarks, one table.
 
     python -m benchmarks.recovery OUT [--model gemma] [--data-dir DIR] [--arms default published trl ...]
         [--seeds 0 1 2] [--tokens 200000] [--limit 400]
