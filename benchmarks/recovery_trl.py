@@ -30,7 +30,7 @@ def main(file: str) -> None:
     recipe = load_recipe(file)
     run_dir, asked, folder = Path(recipe.run_dir), recipe.distill, resolve_model(recipe.model)
     tokenizer, sources = load_tokenizer(folder), [(source, None) for source in asked.data]
-    rows = pack(sources, tokenizer, sequence_length=512, num_tokens=asked.num_tokens, seed=recipe.seed)
+    rows = pack(sources, tokenizer, sequence_length=512, num_tokens=asked.budget, seed=recipe.seed)
     student, teacher = load_model(run_dir / "student"), load_model(folder).requires_grad_(False)
     (checkpoints := run_dir / "trl").mkdir(exist_ok=True)
     loss = {"beta": 0.0, "temperature": 1.0, "num_train_epochs": 1, "gradient_checkpointing": False, "bf16": False}

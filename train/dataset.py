@@ -93,10 +93,10 @@ def rows_to_train_on(
     if (apart := sources_apart(settings)) is not None:
         identity.append({"asks the teacher": apart})
     path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
-    if is_main() and (num_tokens := rows * settings.sequence_length) > 1.1 * settings.num_tokens and not path.exists():
+    if is_main() and (num_tokens := rows * settings.sequence_length) > 1.1 * settings.budget and not path.exists():
         log.info(
             "distill.num_tokens: %s is rounded up to %s (whole optimizer steps of all ranks)",
-            f"{settings.num_tokens:,}",
+            f"{settings.budget:,}",
             f"{num_tokens:,}",
         )
     agreed(lambda: path.exists() or _pack(tokenizer, settings, texts, path, inputs["seed"], images, apart))

@@ -19,7 +19,7 @@ class MeasureSettings(TypedDict, total=False):
 class DistillSettings(TypedDict, total=False):
     """Of the section `distill`."""
 
-    num_tokens: int
+    num_tokens: int | None
     sequence_length: int
     batch_size: int | None
     packing: Literal["wrapped", "bfd"]

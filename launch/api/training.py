@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.training import Training
-from shoal.data.default_text import with_default_text
+from shoal.data.default_text import is_auto, text_of
 from shoal.data.packing import require_room
 from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
@@ -22,15 +22,18 @@ from shoal.machine import fast_dtype, peak_memory
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.in_memory import Model, as_model, left_as_it_was, name_of, require_tokenizer
+from shoal.models.load import num_parameters
+from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Trainable, TrainingSource
 from shoal.recipe.recipe import of_arguments
 from shoal.recipe.section import AUTO, Shapes, shaping
 from shoal.recipe.trainer_arguments import trained_in
-from shoal.runtime import device
+from shoal.runtime import agreed, device
 from shoal.train.distill import training_of
 from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.engine.arguments import num_rows, training_arguments
 from shoal.train.engine.distillation_config import Losses
+from shoal.train.preflight.throughput import machine_rate
 from shoal.train.student.known_cut import Drop
 from shoal.train.student.lora import remove_adapters
 
@@ -69,9 +72,10 @@ def distill(
         trainable: Weights that are trained, as distill.trainable.
         seed: Seed of the order of the data and of all else that is drawn.
         settings: Keys of the recipe's section `distill`, with its defaults: num_tokens (rounded up to whole steps, a
-            smaller data set is repeated; not given = all data once, or of a source the recipe's default), batch_size
-            (rows of one step over all processes), trainer (`{"learning_rate": 1e-4}`, with the defaults of
-            DistillationConfig), ...; and drop and loss_on as shoal.DistillationTrainer takes them.
+            smaller data set is repeated; not given = all data once, of a source the recipe's default, of auto about an
+            hour on this machine), batch_size (rows of one step over all processes), trainer
+            (`{"learning_rate": 1e-4}`, with the defaults of DistillationConfig), ...; and drop and loss_on as
+            shoal.DistillationTrainer takes them.
 
     Raises:
         UserError: models that do not belong together, unknown settings, nothing to learn, or a loss that is no number.
@@ -81,7 +85,11 @@ def distill(
     """
     student, teacher = as_model(student, "student", is_placed=False), as_model(teacher, "teacher", is_placed=False)
     _refuse_swapped(student, teacher)
-    tokenizer, data = require_tokenizer(tokenizer, student), with_default_text(data, teacher, TrainingSource(AUTO))
+    tokenizer = require_tokenizer(tokenizer, student)
+    if is_auto(data):
+        text, size = text_of(teacher), num_parameters(teacher)
+        settings.setdefault("num_tokens", agreed(lambda: text.num_tokens(size, machine_rate(world_size()))))
+        data = text.sources(TrainingSource(AUTO))
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
     section, seed = _section({"losses": losses, "trainable": trainable}, settings, seed), int(seed)
     has_budget = "num_tokens" in settings or is_source(data)
@@ -123,9 +131,9 @@ def _section(named: dict[str, Any], settings: Mapping[str, Any], seed: int) -> D
         source="shoal.distill",
         seed=seed,
     )
-    require_room(section.num_tokens, "distill.num_tokens")
+    require_room(section.budget, "distill.num_tokens")
     precision = trained_in({}, fast_dtype(device()).dtype) if section.precision == "auto" else section.precision
-    return replace(section, precision=precision, deepspeed=None, watch=None)
+    return replace(section, num_tokens=section.budget, precision=precision, deepspeed=None, watch=None)
 
 
 def _inputs(

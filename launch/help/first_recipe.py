@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from shoal.atomic_files import write_text
 from shoal.compress.free_layers import default_count
 from shoal.compress.plan import DEFAULT_METRIC
-from shoal.data.default_text import CALIBRATION, LICENCES, SMALL, TRAINING, DefaultText, default_text
+from shoal.data.default_text import CALIBRATION, LICENCES, PUBLIC_TASKS, SMALL, TRAINING, DefaultText, default_text
 from shoal.formatting import count_text
 from shoal.machine import device_name, fast_dtype, ranks_to_start
 from shoal.model_names import name_of_model
@@ -33,15 +33,6 @@ from .explain import UNBROKEN, as_yaml, first_sentence, meaning, places
 
 WIDTH = 110
 """Columns of the file."""
-HOUR_S = 3600
-PASSES = 8
-"""Operations per weight and token of training: two of the teacher, two of the student and four of its gradients."""
-FEWEST_TOKENS, MOST_TOKENS = 50_000, 1_000_000_000
-"""Tokens below which hardly anything comes back, and more than which nobody wants by default."""
-BENCHMARKS = ("arc_easy", "arc_challenge", "hellaswag", "winogrande", "openbookqa", "lambada_openai", "gsm8k")
-"""lm-eval's names of public benchmarks that any machine with a network can read."""
-REWORDED = ("retrieval_reworded_generation", "knowledge_reworded_generation", "reasoning_reworded_worked")
-"""Shoal's own beside them: abilities in wordings that no text trains."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +59,10 @@ def init(asked: argparse.Namespace) -> str:
 
 
 def _this_machine() -> Machine:
-    from shoal.train.preflight.throughput import assumed_rate
+    from shoal.train.preflight.throughput import machine_rate
 
-    here, ranks, dtype = device(), ranks_to_start(None), fast_dtype(device()).dtype
-    rate = assumed_rate(here, getattr(torch, dtype))  # of a CPU that of all cores, which ranks would share
-    return Machine(here, device_name(here), ranks, dtype, rate if here.type == "cpu" else rate * ranks)
+    here, ranks = device(), ranks_to_start(None)
+    return Machine(here, device_name(here), ranks, fast_dtype(here).dtype, machine_rate(ranks))
 
 
 def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -> str:
@@ -107,7 +97,6 @@ def _proposal(
     longest = getattr(decoder, "max_position_embeddings", None) or 512
     length = min(512 if on_cpu else 2048, longest)
     rows = 2 if on_cpu else machine.ranks * max(1, 32 // machine.ranks)
-    hour = _rounded(HOUR_S * machine.flops / (PASSES * parameters * (1 + is_public)))  # a control is trained as well
     return {
         "model": model,
         **({} if revision is None else {"revision": revision}),
@@ -125,7 +114,7 @@ def _proposal(
         "distill": {
             "data": _entries(TRAINING[text.kind]),
             "losses": "forward_kl",
-            "num_tokens": min(MOST_TOKENS, max(FEWEST_TOKENS, hour)),
+            "num_tokens": text.num_tokens(parameters, machine.flops, control=is_public),
             "sequence_length": length,
             "batch_size": rows,
             **({"packing": "bfd"} if is_public else {}),
@@ -133,13 +122,8 @@ def _proposal(
             "deepspeed": "zero0" if machine.ranks == 1 else "zero2",
             "trainer": {"learning_rate": 1e-3 if parameters < SMALL else 1e-4},
         },
-        "eval": {"tasks": [*REWORDED, *BENCHMARKS], "limit": 200, "control": True} if is_public else {"tasks": "quick"},
+        "eval": {"tasks": [*PUBLIC_TASKS], "limit": 200, "control": True} if is_public else {"tasks": "quick"},
     }
-
-
-def _rounded(tokens: float) -> int:
-    """Two digits of ``tokens`` at most."""
-    return int(float(f"{tokens:.1e}"))
 
 
 def _entries(sources: Sequence[TrainingSource]) -> list[dict[str, Any]]:
@@ -153,9 +137,8 @@ def _notes(raw: dict[str, Any], machine: Machine) -> dict[str, str]:
     """What stands behind a value: place, or path of a source -> words."""
     alone = "of training" if "control" not in raw["eval"] else "of training student and control"
     hour = f"an hour {alone} on {machine.ranks} x {machine.name}, as estimated"
-    few = f"longer than {hour}, in which almost nothing is recovered"
-    tokens = raw["distill"]["num_tokens"]
-    return {**LICENCES, "distill.num_tokens": few if tokens == FEWEST_TOKENS else hour}
+    few, tokens = f"longer than {hour}, in which almost nothing is recovered", raw["distill"]["num_tokens"]
+    return {**LICENCES, "distill.num_tokens": few if tokens == DefaultText.FEWEST else f"at most {hour}"}
 
 
 def _commented(raw: dict[str, Any], notes: dict[str, str]) -> list[str]:

@@ -113,7 +113,7 @@ def _training(run: Run) -> list[Stage]:
 def _record(run: Run) -> list[Stage]:
     settings = run.recipe.distill
     check_distill(run)
-    return [Stage("record", "to do", f"{settings.num_tokens:,} tokens in rows of {settings.sequence_length:,}")]
+    return [Stage("record", "to do", f"{settings.budget:,} tokens in rows of {settings.sequence_length:,}")]
 
 
 def _scores(run: Run) -> list[Stage]:

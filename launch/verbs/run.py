@@ -28,11 +28,11 @@ from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import make_folder, only_process, write_json
 from shoal.compress.surgery.quantised import without_quantization
-from shoal.data.default_text import TRAINING, DefaultText, default_text
+from shoal.data.default_text import PUBLIC_TASKS, TRAINING, DefaultText, default_text
 from shoal.errors import UserError
 from shoal.eval.report.run import read_story
 from shoal.formatting import duration_text
-from shoal.machine import DTYPES, device_name, fast_dtype
+from shoal.machine import DTYPES, device_name, fast_dtype, ranks_to_start
 from shoal.model_names import refuse_revision
 from shoal.models.anatomy import image_layers, require_positions, text_config
 from shoal.models.attention import DENSE, Chosen, choose_attention
@@ -40,7 +40,7 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, loaded_dtype, num_parameters, reads_images, without_data
 from shoal.models.resolve import find_config, resolve_model
 from shoal.progress import doing
-from shoal.ranks import is_main
+from shoal.ranks import is_main, world_size
 from shoal.recipe.distill import Live, Precision
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import num_removals, scored_by
@@ -96,6 +96,8 @@ class Numerics:
     """Which text the recipe's `auto` stands for; None = it names its text."""
     text_reason: str = ""
     """Reason for this text, in a sentence."""
+    num_tokens: int | None = None
+    """Tokens of this text that train the model in about an hour here; None = the recipe names its text."""
 
 
 @dataclass(frozen=True)
@@ -196,14 +198,11 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     is_open = any(source.path == AUTO for source in (*recipe.measure.data, *recipe.distill.data))
     is_begun = any((Path(recipe.run_dir).expanduser() / name).is_file() for name in (Importance.FILE, Training.FILE))
     if is_open and (computes or is_begun or begun.get("text")):  # a report that is made of nothing decides nothing
-        text = agreed(lambda: _text(recipe, begun))
-        numerics = replace(numerics, text=text.kind, text_reason=text.reason)
+        text, num_tokens = agreed(lambda: _text(recipe, begun))
+        numerics = replace(numerics, text=text.kind, text_reason=text.reason, num_tokens=num_tokens)
         log.info("text: %s (%s)", ", ".join(source.path for source in text.of(recipe.distill.data)), text.reason)
-        settled = replace(
-            settled,
-            measure=replace(settled.measure, data=text.of(settled.measure.data)),
-            distill=replace(settled.distill, data=text.of(settled.distill.data)),
-        )
+        settled = _with_text(settled, text, num_tokens)
+    settled = replace(settled, distill=replace(settled.distill, num_tokens=settled.distill.budget))
     if (minutes := recipe.max_minutes) is not None and (computes or begun.get("max_minutes") == minutes):
         size, reason = _size(Run(settled), minutes, begun)
         numerics = replace(numerics, max_minutes=minutes, size=size, size_reason=reason)
@@ -213,13 +212,34 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     return Run(settled, numerics, memory)
 
 
-def _text(recipe: Recipe, begun: dict[str, Any]) -> DefaultText:
-    """Which text stands for `auto`, here or where the run directory was begun."""
+def _text(recipe: Recipe, begun: dict[str, Any]) -> tuple[DefaultText, int | None]:
+    """Which text stands for `auto`, and how many tokens of it are an hour's training, here or where the run directory
+    was begun."""
+    from shoal.train.preflight.throughput import machine_rate
+
     if begun.get("text") in TRAINING:
-        return DefaultText(begun["text"], "as stored in this run directory")
+        return DefaultText(begun["text"], "as stored in this run directory"), begun.get("num_tokens")
     with doing("checking whether the Hub has text"):
         config = find_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        return default_text(num_parameters(without_data(without_quantization(config)[0])))
+        text = default_text(parameters := num_parameters(without_data(without_quantization(config)[0])))
+    rate = machine_rate(world_size() if "LOCAL_RANK" in os.environ else ranks_to_start(recipe.num_processes))
+    is_doubled = text.kind == "public" and recipe.eval.control is not False
+    return text, text.num_tokens(parameters, rate, control=is_doubled)
+
+
+def _with_text(recipe: Recipe, text: DefaultText, num_tokens: int | None) -> Recipe:
+    """``recipe`` with ``text`` in place of `auto`. What it leaves out, if all its training text is `auto`, is as
+    `shoal init` proposes: ``num_tokens``, and with public text tasks and a control."""
+    measure, distill, scores = recipe.measure, recipe.distill, recipe.eval
+    if all(source.path == AUTO for source in distill.data):
+        distill = replace(distill, num_tokens=distill.num_tokens or num_tokens)
+        if text.kind == "public":
+            tasks = PUBLIC_TASKS if scores.tasks is Eval.tasks else scores.tasks  # the default, and no equal list
+            scores = replace(scores, tasks=tasks, control=True if scores.control is None else scores.control)
+        twice = ", once more for the control; eval.control=false trains none" if scores.control else ""
+        log.info("training: %s tokens%s", f"{distill.budget:,}", twice)
+    measure, distill = (replace(part, data=text.of(part.data)) for part in (measure, distill))
+    return replace(recipe, measure=measure, distill=distill, eval=scores)
 
 
 def scaled(recipe: Recipe, share: float) -> Recipe:
@@ -241,7 +261,7 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
     return replace(
         recipe,
         measure=replace(measure, num_tokens=fewer(measure.num_tokens)),
-        distill=replace(distill, num_tokens=fewer(distill.num_tokens), watch=watch),
+        distill=replace(distill, num_tokens=fewer(distill.budget), watch=watch),
         eval=replace(scores, limit=limit, perplexity_tokens=fewer(scores.perplexity_tokens)),
     )
 

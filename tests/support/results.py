@@ -135,7 +135,7 @@ def write_run(folder: Path, *, recipe: dict[str, Any] | None = None) -> Path:
     for role in SKILL:
         evaluation(role).save(folder / "eval" / f"{role}.json")
     speed().save(folder / "eval" / "speed.json")
-    raw = {"model": "demo:smollm2-135m", "run_dir": "runs/test"} | (recipe or {})
+    raw = {"model": "demo:smollm2-135m", "run_dir": "runs/test", "distill": {"num_tokens": 200_000}} | (recipe or {})
     story = {"recipe": as_dict(parse_recipe(raw)), "stages": {}}
     (folder / "run.json").write_text(json.dumps(story))
     return folder

@@ -73,7 +73,7 @@ def num_rows(settings: Distill) -> int:
     A last step of another size would be padded with repeated rows, differently for every number of ranks.
     """
     per_step = rows_per_step(settings)
-    return math.ceil(settings.num_tokens / settings.sequence_length / per_step) * per_step
+    return math.ceil(settings.budget / settings.sequence_length / per_step) * per_step
 
 
 def kept_checkpoints(settings: Distill) -> int:

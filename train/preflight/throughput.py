@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from shoal.machine import data_sheet, flops_per_second
+from shoal.machine import data_sheet, fast_dtype, flops_per_second
+from shoal.runtime import device
 
 from .memory import Job
 
@@ -119,6 +120,12 @@ def _sent(job: Job) -> tuple[float, float]:
 def assumed_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a model that are assumed."""
     return flops_per_second(device, dtype) * (ON_CPU if device.type == "cpu" else ASSUMED_SHARE)
+
+
+def machine_rate(ranks: int) -> float:
+    """Operations per second of a training that are assumed of all ``ranks``, which share the cores of a CPU."""
+    here = device()
+    return assumed_rate(here, getattr(torch, fast_dtype(here).dtype)) * (1 if here.type == "cpu" else ranks)
 
 
 class StepTime(NamedTuple):

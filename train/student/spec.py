@@ -134,7 +134,7 @@ class TrainSpec:
     @property
     def num_row_tokens(self) -> int:
         """Tokens of all rows: the token budget, rounded up to whole optimizer steps."""
-        return math.ceil(self.settings.num_tokens / self.tokens_per_step) * self.tokens_per_step
+        return math.ceil(self.settings.budget / self.tokens_per_step) * self.tokens_per_step
 
     @property
     def num_steps(self) -> int:

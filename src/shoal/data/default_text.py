@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import httpx
 from huggingface_hub import HfApi, constants
@@ -13,16 +14,29 @@ from torch import nn
 
 from shoal.errors import NO_ANSWER
 from shoal.formatting import count_text
-from shoal.recipe.distill import TrainingSource
+from shoal.recipe.distill import NUM_TOKENS, TrainingSource
 from shoal.recipe.losses import CrossEntropy
 from shoal.recipe.section import AUTO, DataSource, TextSource
 from shoal.runtime import agreed
 
+log = logging.getLogger(__name__)
 Source = TypeVar("Source", bound=DataSource)
 SMALL = 500_000_000
 """Parameters below which a model is a demonstration: healed on what is bundled, so that it needs no network."""
 HUB_WAIT_S = 5
 """Seconds that the Hub has to answer."""
+HOUR_S = 3600
+PASSES = 8
+"""Operations per weight and token of training: two of the teacher, two of the student and four of its gradients."""
+MOST_TOKENS = {"public": 1_000_000_000, "bundled": NUM_TOKENS}
+"""Tokens of each text that nobody wants more of by default. At a million tokens of bundled text a model answers fewer
+questions of public benchmarks than at 82 thousand (docs/explanation/findings.md)."""
+PUBLIC_TASKS = (
+    *("retrieval_reworded_generation", "knowledge_reworded_generation", "reasoning_reworded_worked"),
+    *("arc_easy", "arc_challenge", "hellaswag", "winogrande", "openbookqa", "lambada_openai", "gsm8k"),
+)
+"""What a model of public text is asked: abilities in wordings that no text trains, and lm-eval's names of public
+benchmarks that any machine with a network can read."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,13 @@ class DefaultText:
     kind: Literal["public", "bundled"]
     reason: str
     """Reason for it, in a sentence."""
+    FEWEST: ClassVar[int] = 50_000
+    """Tokens below which hardly anything comes back."""
+
+    def num_tokens(self, parameters: int, flops: float, *, control: bool = False) -> int:
+        """Tokens that train a model, and its ``control``, in about an hour at ``flops`` per second, to two digits."""
+        hour = float(f"{HOUR_S * flops / (PASSES * parameters * (1 + control)):.1e}")
+        return int(min(MOST_TOKENS[self.kind], max(self.FEWEST, hour)))
 
     def of(self, sources: Iterable[Source]) -> tuple[Source, ...]:
         """``sources`` with those of this text in place of `auto`, sharing its weight; its losses are theirs where it
@@ -47,6 +68,10 @@ class DefaultText:
                 weight = source.weight * each.weight / sum(other.weight for other in chosen)
                 named.append(replace(source, path=each.path, name=each.name, weight=round(weight, 6), **own))
         return tuple(named)
+
+    def sources(self, source: DataSource) -> tuple[TextSource, ...]:
+        """Those in place of ``source``, which is `auto`, for models in memory."""
+        return tuple(TextSource(each.path, name=each.name, weight=each.weight) for each in self.of([source]))
 
 
 TRAINING: dict[str, tuple[TrainingSource, ...]] = {
@@ -88,8 +113,16 @@ def default_text(num_parameters: int) -> DefaultText:
 
 def with_default_text(data: Any, model: nn.Module, source: DataSource) -> Any:
     """``data`` that a caller has given for ``model``; in place of `auto`, which ``source`` is, the sources of it."""
-    if not isinstance(data, str) or data != AUTO:
-        return data
-    number = sum(parameter.numel() for parameter in model.parameters())
-    chosen = agreed(lambda: default_text(number)).of([source])  # ranks may hear otherwise of the Hub
-    return tuple(TextSource(each.path, name=each.name, weight=each.weight) for each in chosen)
+    return text_of(model).sources(source) if is_auto(data) else data
+
+
+def is_auto(data: Any) -> bool:
+    """Whether a caller leaves the text to shoal."""
+    return isinstance(data, str) and data == AUTO
+
+
+def text_of(model: nn.Module) -> DefaultText:
+    """Which text stands for `auto` with ``model``, the same on every rank, which may hear otherwise of the Hub."""
+    text = agreed(lambda: default_text(sum(parameter.numel() for parameter in model.parameters())))
+    log.info("text, %s: %s", text.kind, text.reason)
+    return text

@@ -167,8 +167,9 @@ class Distill(Section):
 
     data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource(AUTO),)
     """Training text, and images with questions and answers."""
-    num_tokens: Annotated[Positive, Shapes.TRAINING] = 200_000
-    """Training tokens over all ranks. Sets the number of steps, unless trainer.max_steps does."""
+    num_tokens: Annotated[Positive | None, Shapes.TRAINING] = None
+    """Training tokens over all ranks. Sets the number of steps, unless trainer.max_steps does. Default: 200,000, or
+    without data what this machine trains in about an hour."""
     sequence_length: Annotated[RowLength, Shapes.ROWS | Shapes.TRAINING] = 512
     """Tokens of one row."""
     batch_size: Annotated[Positive | None, Shapes.TRAINING] = None
@@ -232,6 +233,11 @@ class Distill(Section):
         return self.trainer.get("ddp_timeout", 1800)
 
     @property
+    def budget(self) -> int:
+        """Training tokens."""
+        return self.num_tokens or NUM_TOKENS
+
+    @property
     def has_images(self) -> bool:
         """Whether a source has images."""
         return any(source.has_images for source in self.data)
@@ -261,7 +267,7 @@ class Distill(Section):
 
     def num_tokens_of(self, source: TrainingSource) -> int:
         """Tokens of the budget that are ``source``'s by weight."""
-        return math.ceil(self.num_tokens * source.weight / sum(other.weight for other in self.data))
+        return math.ceil(self.budget * source.weight / sum(other.weight for other in self.data))
 
     @property
     def by_source(self) -> bool:
@@ -269,6 +275,8 @@ class Distill(Section):
         return any(numbers is not None for numbers in self.terms.values())
 
 
+NUM_TOKENS = 200_000
+"""Tokens of a training that names none."""
 SAMPLES = -1
 """Number among those of sources for what the student writes itself."""
 

@@ -66,7 +66,8 @@ class Eval(Limited):
     )
     """Tasks, groups and suites by name, of shoal and of lm-eval. Suites: quick (minutes, bundled data), transfer
     (minutes, judges a distilled model), standard, full; the first suite sets limit and perplexity_tokens. Default:
-    every ability in the trained wording and reworded, to separate learnt wording from recovered ability."""
+    every ability in the trained wording and reworded, to separate learnt wording from recovered ability; for a model
+    that trains on public text by default, public benchmarks."""
     limit: Annotated[Limit, Shapes.SCORES] = 200
     """Items per task, or per named task: {default: 200, gsm8k: 100}. `None`: all items. Also the maximum for tasks with
     a limit from a suite."""
@@ -91,9 +92,9 @@ class Eval(Limited):
     ] = "transformers"
     """Library that runs the models. `vllm`: must be installed, needs a GPU and one rank, and its scores are only
     comparable with scores of vllm. Speed is always measured with transformers."""
-    control: Annotated[bool, Shapes.NOTHING] = False
+    control: Annotated[bool | None, Shapes.NOTHING] = None
     """Also train the teacher on the same rows and score it as `control`. It shows how this text changes an unpruned
-    model. Takes longer than training the student."""
+    model. Takes longer than training the student. Default: only for a model that trains on public text by default."""
     speed: Annotated[bool | Annotated[tuple[Positive, ...], Field(min_length=1)], Shapes.SPEED] = True
     """Measure speed and memory of teacher, pruned and distilled. A list names the numbers of sequences at the same
     time. `true`: 1 and 4 on a CPU; 1, 8 and 32 on a GPU."""

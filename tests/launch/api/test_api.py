@@ -31,6 +31,7 @@ from shoal.artifacts.evaluation import Scores
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ClosedGap, Plan
 from shoal.artifacts.training import Training
+from shoal.data.default_text import TRAINING
 from shoal.data.sources import load_texts
 from shoal.eval.report.run import read_run
 from shoal.launch.api import running
@@ -44,7 +45,7 @@ from shoal.launch.verbs.prune import prune as prune_stage
 from shoal.launch.verbs.run import open_run
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.in_memory import as_model
-from shoal.recipe.distill import Distill
+from shoal.recipe.distill import Distill, TrainingSource
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import DataSource
 from shoal.stats.paired import retention
@@ -271,6 +272,22 @@ def test_models_tokenizers_and_data_may_be_named(teacher: Path, docs: list[str])
     assert named.layers == shoal.measure_importance(model, tokenizer, docs, **settings).layers
     assert named.layers == shoal.measure_importance(model, data={"path": "python_docs"}, **settings).layers
     assert named.provenance.inputs["model"] == str(teacher)
+
+
+def test_without_data_a_training_has_the_text_and_the_hour_of_a_recipe(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shoal.launch.api.training.machine_rate", lambda ranks: 0.0)
+    monkeypatch.setattr("shoal.data.default_text.DefaultText.FEWEST", 512)
+    monkeypatch.setitem(TRAINING, "bundled", (TrainingSource("python_docs"),))
+    model = tiny_model("llama")
+    settings: Any = {"tokenizer": tiny_tokenizer(), "sequence_length": 64}
+    with caplog.at_level("INFO"):
+        training = shoal.distill(shoal.cut_model(model, [1]), model, **settings)
+    assert (training.num_tokens, training.provenance.inputs["distill.num_tokens"]) == (512, 512)
+    assert list(training.data["sources"]) == ["python_docs"]
+    assert "text, bundled: a model of " in caplog.text
+    assert shoal.distill(shoal.cut_model(model, [1]), model, num_tokens=256, **settings).num_tokens == 256
 
 
 def test_a_model_beside_an_idle_accelerator_is_told_of(

@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny import tiny_checkpoint, tiny_config
 
-from shoal.data.default_text import LICENCES, TRAINING, DefaultText
+from shoal.data.default_text import LICENCES, MOST_TOKENS, PUBLIC_TASKS, TRAINING, DefaultText
 from shoal.errors import UserError
 from shoal.launch.cli import main
 from shoal.launch.help import first_recipe as module
 from shoal.launch.help.explain import first_sentence, meaning, places
-from shoal.launch.help.first_recipe import BENCHMARKS, FEWEST_TOKENS, MOST_TOKENS, Machine, first_recipe
+from shoal.launch.help.first_recipe import Machine, first_recipe
 from shoal.models import download, resolve
 from shoal.models.load import num_parameters, without_data
 from shoal.recipe.prune import CutByScore
@@ -82,18 +82,19 @@ def test_a_real_model_is_proposed_broad_text_benchmarks_a_control_and_an_hour(
     assert [source.path for source in recipe.distill.data] == [source.path for source in TRAINING["public"]]
     assert recipe.measure.data[0].path == TRAINING["public"][0].path, "calibrated on the same kind of text"
     assert all(f"   # {LICENCES[source.path]}\n" in text for source in recipe.distill.data)
-    assert {*BENCHMARKS} < {*recipe.eval.tasks}
+    assert recipe.eval.tasks == PUBLIC_TASKS
     assert recipe.eval.control
-    assert recipe.distill.num_tokens == MOST_TOKENS, "a tiny model, and no more than anybody wants"
+    assert recipe.distill.num_tokens == MOST_TOKENS["public"], "a tiny model, and no more than anybody wants"
 
 
 def test_the_budget_is_an_hour_of_training_and_more_where_that_is_next_to_nothing(tmp_path: Path) -> None:
     model = config_only(tmp_path / "model")
     parameters = num_parameters(without_data(resolve.find_config(model)))
-    rate = 250_000 * 8 * parameters / 3600
+    rate = 150_000 * 8 * parameters / 3600
     for flops, tokens, words in (
-        (rate, 250_000, "   # an hour of training on 1 x a laptop, as estimated"),
-        (rate / 1000, FEWEST_TOKENS, "   # longer than an hour of training on 1 x a laptop"),
+        (rate, 150_000, "   # at most an hour of training on 1 x a laptop, as estimated"),
+        (rate * 1000, MOST_TOKENS["bundled"], "   # at most an hour of training on 1 x a laptop, as estimated"),
+        (rate / 1000, DefaultText.FEWEST, "   # longer than an hour of training on 1 x a laptop"),
     ):
         text = first_recipe(model, replace(LAPTOP, flops=flops))
         assert f"num_tokens: {tokens}{words}" in text

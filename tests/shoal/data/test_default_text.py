@@ -12,15 +12,27 @@ from tiny import tiny_model
 
 from shoal.data import default_text as module
 from shoal.data import general_text
-from shoal.data.default_text import CALIBRATION, LICENCES, TRAINING, default_text, with_default_text
+from shoal.data.default_text import (
+    CALIBRATION,
+    LICENCES,
+    PUBLIC_TASKS,
+    TRAINING,
+    DefaultText,
+    default_text,
+    with_default_text,
+)
 from shoal.data.sources import documents
 from shoal.errors import UserError
 from shoal.launch.verbs.early import refuse_early
 from shoal.launch.verbs.run import locked, open_run
-from shoal.recipe.distill import TrainingSource
+from shoal.models.load import num_parameters, without_data
+from shoal.models.resolve import find_config
+from shoal.recipe.distill import NUM_TOKENS, TrainingSource
+from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import CrossEntropy, ForwardKL
-from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import AUTO, TextSource
+from shoal.train.preflight import throughput
 
 BROAD, BUNDLED = ([source.path for source in TRAINING[kind]] for kind in ("public", "bundled"))
 
@@ -64,7 +76,7 @@ def test_a_small_model_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_shares_its_weight_and_leaves_other_sources_alone() -> None:
-    text = module.DefaultText("bundled", "")
+    text = DefaultText("bundled", "")
     mine = TrainingSource("mine.jsonl", weight=2)
     named = text.of([TrainingSource(AUTO, weight=3), mine, TrainingSource(AUTO, losses=(ForwardKL(),))])
     assert [source.path for source in named] == [*BUNDLED, "mine.jsonl", *BUNDLED]
@@ -89,12 +101,49 @@ def test_a_run_directory_keeps_its_text_when_the_network_changes(
     assert [source.path for source in open_run(fresh).recipe.distill.data] == BUNDLED
 
 
+def smallest(teacher: Path, run_dir: Path, **sections: Any) -> Recipe:
+    """What a recipe of a model alone, or with ``sections``, comes to here."""
+    return open_run(parse_recipe({"model": str(teacher), "run_dir": str(run_dir), **sections})).recipe
+
+
+def test_the_smallest_recipe_has_an_hour_public_benchmarks_and_a_control(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch)
+    parameters = num_parameters(without_data(find_config(str(teacher))))
+    monkeypatch.setattr(throughput, "machine_rate", lambda ranks: ranks * 1_000_000 * module.PASSES * parameters / 3600)
+    begun = smallest(teacher, tmp_path / "run", num_processes=3)
+    assert (begun.distill.num_tokens, begun.eval.tasks, begun.eval.control) == (1_500_000, PUBLIC_TASKS, True)
+    alone = smallest(teacher, tmp_path / "run", eval={"control": False, "tasks": [*Eval.tasks]})
+    assert (alone.distill.num_tokens, alone.eval.control) == (1_000_000, False)
+    assert alone.eval.tasks == Eval.tasks, "tasks that a recipe names are kept, also the default ones"
+    assert smallest(teacher, tmp_path / "run", distill={"num_tokens": 200_000}).distill.num_tokens == 200_000
+    own = smallest(teacher, tmp_path / "run", distill={"data": "docstrings"})
+    assert (own.distill.num_tokens, own.eval.tasks, own.eval.control) == (NUM_TOKENS, Eval.tasks, None)
+    hub(monkeypatch, offline=True)
+    bundled = smallest(teacher, tmp_path / "run")
+    assert (bundled.distill.num_tokens, bundled.eval.tasks, bundled.eval.control) == (NUM_TOKENS, Eval.tasks, None)
+
+
+def test_a_run_directory_keeps_its_budget_on_a_faster_machine(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch)
+    recipe = parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run")})
+    for rate in (0.0, 1e30):
+        monkeypatch.setattr(throughput, "machine_rate", lambda ranks, rate=rate: rate)
+        run = open_run(recipe)
+        assert run.recipe.distill.num_tokens == DefaultText.FEWEST
+        with locked(run):
+            pass
+
+
 def test_models_in_memory_get_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch)
     data: Any = with_default_text(AUTO, tiny_model("llama"), TrainingSource(AUTO))
     assert [(each.path, each.weight) for each in data] == [(each.path, each.weight) for each in TRAINING["public"]]
     assert with_default_text(["a text"], tiny_model("llama"), TrainingSource(AUTO)) == ["a text"]
-    monkeypatch.setattr(module, "agreed", lambda decide: module.DefaultText("bundled", "as rank 0 has found"))
+    monkeypatch.setattr(module, "agreed", lambda decide: DefaultText("bundled", "as rank 0 has found"))
     data = with_default_text(AUTO, tiny_model("llama"), TrainingSource(AUTO))
     assert [each.path for each in data] == BUNDLED, "ranks may hear otherwise of the Hub"
 
