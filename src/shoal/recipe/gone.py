@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from shoal.yaml_text import own_yaml, read_yaml
+from shoal.yaml_text import own_yaml
 
 GONE: dict[str, str] = own_yaml(__file__)
 """Key without positions in lists, kind (`distill.losses.value_relation`) or value (`distill.trainable.replacement`) ->
