@@ -245,7 +245,7 @@ def cut_model(
 
 def _made_for(plan: Plan, model: PreTrainedModel) -> bool:
     """Whether ``plan`` is one for these weights, wherever they were loaded from, as far as both tell."""
-    (name, weights), folder = map(plan.provenance.inputs.get, ("model", WEIGHTS)), Path(model.config.name_or_path)
+    (name, weights), folder = map(plan.provenance.inputs.get, ("model", WEIGHTS)), Path(model.config.name_or_path or "")
     if weights is not None:
         return weights == weights_of(model)
     return name is None or not (folder / "config.json").is_file() or name == model_fingerprint(folder)
