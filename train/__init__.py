@@ -2,6 +2,7 @@
 
     distill    all of it, in order: models, teacher, loss and Trainer put together, distilled/ and distill.json
     record     writes a recording
+    identity   what identifies a training and its checkpoints
     trainer    one optimizer step in the transformers Trainer, whole checkpoints, a clean stop
     curves     the curves of its steps, and the one that is not sound
     distillation_trainer  the same for a model and a data set in memory

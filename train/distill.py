@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
-from shoal.data.image_rows import ImageReader, images_fingerprint
+from shoal.data.image_rows import ImageReader
 from shoal.data.packing import PackedRows
-from shoal.data.sources import sources_fingerprint
 from shoal.machine import peak_memory
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
@@ -27,20 +26,19 @@ from shoal.progress import doing
 from shoal.ranks import is_main, world_size
 from shoal.recipe.distill import Distill, Recorded
 from shoal.recipe.losses import CrossEntropy
-from shoal.recipe.section import Shapes, shaping
-from shoal.recipe.trainer_arguments import BATCH_SPLIT, NEUTRAL
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, device, everyone_sees, free_memory
 from shoal.stopping import Stopped
 from shoal.tracking import wandb_run
 
 from .callbacks import Curves, Events, Profiler, Progress, Scorer, Watcher
-from .dataset import rows_to_train_on, sources_apart, teacher_texts
-from .engine.arguments import check_names, deepspeed_config, resolved_deepspeed, rows_per_step, training_arguments
+from .dataset import rows_to_train_on, teacher_texts
+from .engine.arguments import check_names, resolved_deepspeed, training_arguments
 from .engine.checkpoint import MANIFEST, UNIVERSAL_POINTER, last_complete, needs_universal
 from .engine.kernels import require_liger
 from .engine.sharding import join_deepspeed, leave_deepspeed, loaded_in
 from .engine.stop import Heartbeat, StopRequest
+from .identity import checkpoint_inputs
 from .preflight import throughput
 from .preflight.fit import check_fit, explained_memory
 from .record import record_signals
@@ -52,35 +50,6 @@ from .teacher.wiring import make_trainable
 from .trainer import DistillTrainer, ObjectiveTrainer, Parts
 
 log = logging.getLogger(__name__)
-
-
-def distill_inputs(
-    settings: Distill, *, teacher: str, trained: Mapping[str, Any], general: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Everything that shapes distilled/: the stage's identity.
-
-    ``teacher`` is the teacher's fingerprint, ``trained`` what tells the model that is trained from it, ``general`` the
-    recipe's settings outside its sections.
-    """
-    section = shaping(settings, Shapes.TRAINING, "distill.")
-    if settings.watch is None or settings.watch.metric_for_best_model is None:
-        del section["distill.watch"]  # it only looks on
-    # what the file says now, not what it is called; how ZeRO shards the work does not change its result
-    section["distill.deepspeed"] = {k: v for k, v in deepspeed_config(settings).items() if k != "zero_optimization"}
-    neutral = {*NEUTRAL, *(BATCH_SPLIT if settings.batch_size is not None else ())}
-    if settings.has_images:
-        section["distill.data (images)"] = images_fingerprint(settings.data)
-    trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in neutral}
-    return {"model": teacher, **trained, "data": sources_fingerprint(settings.data), **general, **section, **trainer}
-
-
-def checkpoint_inputs(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a run's checkpoints: its real batch, and not how ranks and micro-batches share it."""
-    split = {f"distill.trainer.{key}" for key in BATCH_SPLIT}
-    identity = {k: v for k, v in inputs.items() if k not in split} | {"distill.batch_size": rows_per_step(settings)}
-    if (apart := sources_apart(settings)) is not None:  # before there was this, the same recipe had other rows
-        identity["distill.data (rows that ask the teacher)"] = apart
-    return identity
 
 
 def check_distillable(spec: TrainSpec) -> None:

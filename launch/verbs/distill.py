@@ -177,8 +177,8 @@ def refuse_other_checkpoints(run: Run) -> None:
     Raises:
         UserError: checkpoints of other settings are in the way, the plan is of another run, or its student is gone.
     """
-    from shoal.train.distill import checkpoint_inputs
     from shoal.train.engine.checkpoint import last_complete
+    from shoal.train.identity import checkpoint_inputs
 
     if not (run.dir / Plan.FILE).is_file():
         return
@@ -212,7 +212,7 @@ def control_inputs(run: Run, plan: Plan) -> dict[str, Any]:
 
 
 def _inputs(run: Run, trained: dict[str, Any]) -> dict[str, Any]:
-    from shoal.train.distill import distill_inputs
+    from shoal.train.identity import distill_inputs
 
     recipe = run.recipe
     general = shaping(recipe, Shapes.TRAINING)

@@ -107,7 +107,7 @@ def start_ranks(verb: str, ranks: int, words: Sequence[str], forked: Forked | No
         started = Path(folder) / "started"
         environment = rank_environment(ranks) | {STARTED: str(started)}
         as_rank = dict(zip(LAUNCHED, "001", strict=True), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        with doing(f"{verb}, launcher and ranks"):
+        with doing(f"{verb}, {'rank' if forked else 'launcher and ranks'}"):
             with SPEAKER.still(started.exists):
                 code, asked = run_launcher(
                     forked.start(words, environment | as_rank) if forked else command,

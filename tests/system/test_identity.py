@@ -1,6 +1,6 @@
 """What identifies every result: each key of a recipe says what it shapes, and shapes that.
 
-Covers: shoal.recipe.section.
+Covers: shoal.recipe.section, shoal.train.identity.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shoal.recipe.prune import CutByScore
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, as_dict, shaped, shaping, shaping_keys
 from shoal.train import distill as distill_module
-from shoal.train.distill import checkpoint_inputs
+from shoal.train.identity import checkpoint_inputs
 from shoal.train.teacher.recording import Wanted, rows_from
 from shoal.train.writing import _chosen, _identity, to_write
 

@@ -65,3 +65,12 @@ def test_the_help_of_the_whole_loads_no_recipe() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "distill" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_identifies_a_training_loads_no_trainer() -> None:
+    """A report asks for it, and the Trainer loads datasets and pandas."""
+    heavy = {"transformers.trainer", "datasets", "pandas", "deepspeed"}
+    script = f"import sys, shoal.train.identity; loaded = {heavy!r} & {{*sys.modules}}; assert not loaded, loaded"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from shoal.errors import UserError
@@ -199,6 +199,8 @@ def _check_makers(given: Mapping[str, Any]) -> None:
             f"distill.trainer.lr_scheduler_kwargs: {settings} do not fit lr_scheduler_type {name} ({error}); fix "
             "them, or choose another type"
         ) from error
+    from transformers import Trainer  # with datasets and pandas, which take a second
+
     try:
         Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**given))  # pyright: ignore[reportArgumentType]
     except (ImportError, ValueError) as error:

@@ -33,8 +33,8 @@ from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.run import Run, locked, open_run, write_story
 from shoal.models.checkpoint_files import CLOSED_GAPS, model_fingerprint
 from shoal.recipe.recipe import parse_recipe
-from shoal.train.distill import checkpoint_inputs
 from shoal.train.engine.checkpoint import commit
+from shoal.train.identity import checkpoint_inputs
 
 CASES = cases(__file__)
 
