@@ -201,7 +201,7 @@ def check_config(folder: Path) -> None:
     """Refuse an adapter, and a folder without config.json, or with one that can describe no causal language model."""
     if (folder / ADAPTER_CONFIG).is_file():
         raise UserError(
-            f"{folder}: is a LoRA adapter ({ADAPTER_CONFIG}), not a whole model; merge it into its base with peft "
+            f"{folder}: is a LoRA adapter ({ADAPTER_CONFIG}), not a complete model; merge it into its base with peft "
             "(merge_and_unload, then save_pretrained), and give the merged folder"
         )
     if not (folder / "config.json").is_file():

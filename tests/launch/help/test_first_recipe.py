@@ -117,7 +117,9 @@ def test_only_configurations_are_downloaded(tmp_path: Path, monkeypatch: pytest.
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     for look in (resolve.find_config, resolve.resolve_model):
-        with pytest.raises(UserError, match=r"is a LoRA adapter \(adapter_config.json\), not a whole model; merge it"):
+        with pytest.raises(
+            UserError, match=r"is a LoRA adapter \(adapter_config.json\), not a complete model; merge it"
+        ):
             look(str(tmp_path))
 
 
