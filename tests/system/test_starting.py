@@ -68,9 +68,10 @@ def test_the_help_of_the_whole_loads_no_recipe() -> None:
 
 
 @pytest.mark.slow
-def test_what_identifies_a_training_loads_no_trainer() -> None:
-    """A report asks for it, and the Trainer loads datasets and pandas."""
+def test_what_a_training_is_and_takes_loads_no_trainer() -> None:
+    """A report and `init` ask for it, and the Trainer loads datasets and pandas."""
     heavy = {"transformers.trainer", "datasets", "pandas", "deepspeed"}
-    script = f"import sys, shoal.train.identity; loaded = {heavy!r} & {{*sys.modules}}; assert not loaded, loaded"
+    modules = "shoal.train.identity, shoal.train.preflight.throughput"
+    script = f"import sys, {modules}; loaded = {heavy!r} & {{*sys.modules}}; assert not loaded, loaded"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

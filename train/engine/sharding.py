@@ -6,17 +6,20 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import _lru_cache_wrapper, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from shoal.runtime import device
 
 from .arguments import resolved_deepspeed
+
+if TYPE_CHECKING:
+    from transformers import Trainer  # with datasets and pandas, which take a second
 
 OF_STUDENT = ("bf16", "bfloat16", "fp16", "torch_autocast", "optimizer", "scheduler")
 """Sections of a DeepSpeed configuration that a teacher has not, or has of its own."""
