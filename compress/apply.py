@@ -21,7 +21,7 @@ from shoal.artifacts.plan import Plan
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import copy_beside, has_tokenizer
+from shoal.models.checkpoint_files import OWN_FOLDER, copy_beside, has_tokenizer
 from shoal.models.load import load_tokenizer, refuse_incomplete
 from shoal.progress import doing
 from shoal.recipe.measure import Measure
@@ -117,7 +117,7 @@ def apply_plan(
 
 def _teacher(folder: Path, out: Path, plan: Plan, *, trust_remote_code: bool) -> Teacher:
     if folder.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out}: is the teacher's own folder, or contains it; choose another folder for the student")
+        raise UserError(f"{out}: {OWN_FOLDER}")
     if has_tokenizer(folder):  # a damaged one is refused
         load_tokenizer(folder, trust_remote_code=trust_remote_code)
     else:

@@ -31,7 +31,7 @@ from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import Checkpoint, num_parameters, without_data
 from shoal.progress import each
 from shoal.ranks import rank, world_size
-from shoal.recipe.evaluate import Eval, limit_of
+from shoal.recipe.evaluate import NO_TEMPLATE, Eval, limit_of
 from shoal.runtime import agreed, device, environment, seed_everything
 
 from .harness.engine import NEW_TOKENS, CausalLM, connect_ranks, prompt_room
@@ -217,10 +217,7 @@ def _checked(
     """Number of items that are scored, by task; refused is what lm-eval would meet with a traceback, or silently do in
     another way on several ranks."""
     if settings.apply_chat_template and not tokenizer.chat_template:
-        raise UserError(
-            "eval.apply_chat_template: the tokenizer has no chat template; remove it, or name an instruction-tuned "
-            "model"
-        )
+        raise UserError(NO_TEMPLATE)
 
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):

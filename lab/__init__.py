@@ -1,10 +1,11 @@
 """The lab: what a paper needs and a pruner does not. It may be deleted without a trace in the rest: no room, no module
 of the ground and no verb imports it; `shoal lab NAME RUN_DIR` finds a part by its name.
 
-A part is a module with `Settings`, a section of keys, and `work`, a function of a run and these settings that returns
-what is to be printed. What it writes goes to lab/ in the run directory.
+A part is a module with `work`, a function of a run and of the part's settings that returns what is to be printed. What
+it writes goes to lab/ in the run directory.
 
     command      `shoal lab`: the parts, and what runs one
+    settings     keys of every part
     part         what parts share: a result that is made once
     depth_use    what models that descend from each other use their layers for
     diagnostics  who writes, erases and decides along the depth

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.launch.verbs.early import refuse_early
+from shoal.launch.verbs.early import refuse_early, refuse_model
 from shoal.progress import loading
 from shoal.recipe.asked import ALLOW
 from shoal.recipe.messages import checked
 from shoal.recipe.recipe import apply_override, read_settings, settled
 from shoal.recipe.remembered import remembering
+
+from .settings import SETTINGS
 
 PARTS: dict[str, str] = {
     "depth_use": "ablation of the layers of teacher, pruned and distilled model on the same tasks, compared",
@@ -52,14 +54,16 @@ def lab(words: Sequence[str]) -> str:
     said_of_run, file = read_settings(rest[0], allow)
     recipe = settled(said_of_run, file, allow)
     refuse_early("lab", recipe)
+    said: dict[str, Any] = {}
+    for override in rest[1:]:
+        apply_override(said, override)
+    settings: Any = checked(SETTINGS[name], said, source=f"shoal lab {name}", overrides=rest[1:])
+    for model in filter(None, (getattr(settings, key, None) for key in ("donor", "beside"))):
+        refuse_model("lab", recipe, model, getattr(settings, "donor_revision", None))
     with loading():
         from shoal.launch.verbs.run import locked, open_run
 
         part = importlib.import_module(f"shoal.lab.{name}")
-    said: dict[str, Any] = {}
-    for override in rest[1:]:
-        apply_override(said, override)
-    settings = checked(part.Settings, said, source=f"shoal lab {name}", overrides=rest[1:])
     with remembering(Path(recipe.run_dir).expanduser(), said_of_run) as memory:
         run = open_run(recipe, memory=memory)
         with locked(run):

@@ -32,13 +32,13 @@ from shoal.figures.style import FAINT, ROLE_STYLE, clean, figure_style, heading,
 from shoal.launch.verbs.evaluate import require_models_of_this_run, roles
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.run import Run, resolved
-from shoal.recipe.section import Section, Text
 from shoal.stats.intervals import Array, effective_n, left_out_means
 from shoal.task_words import task_words
 
 from .diagnostics import EffectiveDepth, diagnostics
-from .diagnostics import Settings as Diagnosing
 from .part import FOLDER, identity, in_interval, made, told
+from .settings import DepthUse as Settings
+from .settings import Diagnostics as Diagnosing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,15 +136,6 @@ class DepthUse(Artifact):
             told = ", ".join(f"{rule}: {self.depth_in_words(role, rule)}" for rule in rules)
             lines.append(f"  effective depth of {role}: {told}")
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Settings(Section):
-    """What is measured with teacher, pruned and distilled model."""
-
-    beside: Text | None = None
-    """A model with as many layers as the teacher, local or on the Hub: its base, say, or one distilled into its
-    shape."""
 
 
 def work(run: Run, settings: Settings) -> str:

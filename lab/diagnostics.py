@@ -26,7 +26,6 @@ from shoal.launch.verbs.measure import packed_rows
 from shoal.launch.verbs.run import Run
 from shoal.models.anatomy import decoder_layers
 from shoal.progress import each, progress
-from shoal.recipe.section import Section
 
 from .depth.interventions import MIN_TOKENS, SITES, DepthEffects, cut_positions, measure_effects
 from .depth.residual_flow import LayerFlow, ResidualSums, add_batch, layer_flows
@@ -43,6 +42,7 @@ from .depth.runs import (
     states_at,
 )
 from .part import identity, made, model_of, told
+from .settings import Diagnostics as Settings
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +54,6 @@ LENS_TOKENS = 256
 """Tokens for the logit lens, evenly spaced over all; the head costs more than the layers for small models."""
 NUM_PROMPTS, PROMPT_TOKENS, NUM_POSITIONS = 10, 64, 4
 """Prompts for the effects on later layers, tokens and cut positions of each."""
-
-
-@dataclass(frozen=True)
-class Settings(Section):
-    """The text is measure's."""
 
 
 def diagnostics(run: Run, settings: Settings) -> Diagnostics:

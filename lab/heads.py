@@ -14,10 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,11 +28,11 @@ from shoal.inference.decoder import Decoder
 from shoal.launch.verbs.run import Run, check_length
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.progress import each
-from shoal.recipe.section import Positive, Section
 
 from .attention.calls import AttentionInputs, attention_calls, attention_weights
-from .attention.prompts import CopyPrompt, HeadTask, copy_prompts
+from .attention.prompts import CopyPrompt, copy_prompts
 from .part import identity, made, model_of, told
+from .settings import Heads as Settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,16 +44,6 @@ HELD = 0.9
 """Share of the retrieval score that the layers to protect hold."""
 ByHead = tuple[tuple[float, ...], ...]
 """One number for every layer and query head; a layer whose heads are not known has none."""
-
-
-@dataclass(frozen=True)
-class Settings(Section):
-    """The prompts that heads are scored on."""
-
-    tasks: Annotated[tuple[HeadTask, ...], Field(min_length=1)] = ("retrieval", "needle")
-    """Bundled look-ups of 8, 16 and 32 pairs; needles in 20, 40 and 80 sentences."""
-    num_each: Positive = 3
-    """Prompts of every task, each of these lengths and five places of the needle: 15 times as many of a task."""
 
 
 @dataclass(frozen=True)

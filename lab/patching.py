@@ -33,10 +33,10 @@ from shoal.inference.decoder import Decoder
 from shoal.launch.verbs.run import Run
 from shoal.models.anatomy import given_state, state_of, watched, with_state
 from shoal.progress import each
-from shoal.recipe.section import Positive, Section
 
 from .attention.prompts import Corruption, Counterparts, look_up_pairs
 from .part import identity, made, model_of, told
+from .settings import Patching as Settings
 
 SITES = {"residual": "the layer's input", "attention": "the attention's output", "mlp": "the MLP's output"}
 Part = tuple[str, int]
@@ -57,14 +57,6 @@ class Patched:
     """One of GROUPS."""
     effects: tuple[tuple[float, ...], ...]
     """1 = all of the difference between the counterparts, 0 = none; one number a layer but for heads."""
-
-
-@dataclass(frozen=True)
-class Settings(Section):
-    """The prompts that are patched."""
-
-    counterparts: Positive = 8
-    """Look-ups of four pairs, each with three counterparts: another value, two keys exchanged, another key."""
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from shoal.figures.atlas import band, fitting
 from shoal.figures.style import DROPPED, INK, SERIES_COLOURS, SERIES_STYLE, figure_style, legend_above, panels
 from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run
-from shoal.recipe.section import Section
 from shoal.stats.intervals import Array, left_out_means, t_test
 from shoal.stats.paired import holm
 
 from .part import in_interval, made, model_of, told
+from .settings import Reading as Settings
 from .sweeps import sweeps_identity, tables_of
 
 if TYPE_CHECKING:
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 
 OF_LAYERS = ("layer", "skip_prompt", "skip_written")
 """Operators that have one component for every layer, in their order."""
-
-
-@dataclass(frozen=True)
-class Settings(Section):
-    """The tasks are measure.sweep's."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Artifact, Provenance
@@ -28,44 +27,23 @@ from shoal.launch.verbs.measure import importance_of, sweep_inputs, sweep_tables
 from shoal.launch.verbs.run import Run, resolved
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_model
-from shoal.recipe.section import Positive, Section, Text
+from shoal.recipe.section import Section
 from shoal.runtime import device
 
 from .donor import swapped
 from .heads import draw_by_head
 from .part import FOLDER, identity, made, model_of, told
+from .settings import Sweeps as Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Operator = Literal["head", "kv_group", "cumulative", "donor", "skip_prompt", "skip_written"]
 OVER = {
     "donor": "layer of the donor",
     "skip_prompt": "layer that writes nothing before the answer",
     "skip_written": "layer that writes nothing where the answer is predicted",
 }
 """Operator -> what its curves run over."""
-
-
-@dataclass(frozen=True)
-class Settings(Section):
-    """What is taken out of the intact model, one unit at a time, or put in."""
-
-    operators: Annotated[tuple[Operator, ...], Field(min_length=1)]
-    """head, kv_group: every query head or key-value group; cumulative: ever more layers, by ``order``; donor: every
-    layer as ``donor`` has it; skip_prompt, skip_written: what a layer writes before the answer, or from there on."""
-    order: tuple[int, ...] | str = "block_influence"
-    """Layers that cumulative removals go through, or the column of importance.json by which they go through all."""
-    max_removed: Positive | None = None
-    """Most layers that cumulative removals take out; None = all but one."""
-    donor: Text | None = None
-    """Model of the same shape: Hub id, local path or demo:<name>."""
-    donor_revision: str | None = None
-    """Hub revision of the donor."""
-
-    def __post_init__(self) -> None:
-        if ("donor" in self.operators) != (self.donor is not None):
-            raise ValueError("the operator donor needs a donor, and a donor the operator; give both or none")
 
 
 @dataclass(frozen=True)

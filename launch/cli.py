@@ -146,6 +146,8 @@ def _told(asked: argparse.Namespace) -> Any:
         from .verbs.early import init_file
 
         asked.out = init_file(asked)
+    elif asked.verb == "doctor" and Path(asked.run_dir).expanduser().is_file():
+        raise UserError(f"--run-dir: {asked.run_dir} is a file; name a folder")
     with loading() if asked.verb == "init" else contextlib.nullcontext():
         tell = _function(VERBS[asked.verb].function)
     return tell(asked)

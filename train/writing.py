@@ -252,7 +252,7 @@ def _prompts(source: TrainingSource, how: Generate, tokenizer: Any, *, num_token
 
 def _asked(source: TrainingSource, how: Generate, tokenizer: Any, *, num_tokens: int) -> Iterator[Prompt]:
     """Conversations up to their last assistant's turn, as the chat template asks for it."""
-    check_template(tokenizer, source.path)
+    check_template(tokenizer.chat_template, source.path, is_fast=tokenizer.is_fast)
     characters = 0
     for chat in documents(source):
         if not isinstance(chat, Chat):

@@ -38,6 +38,7 @@ def kept_width(config: PreTrainedConfig, settings: Width) -> KeptWidth:
         UserError: more than the model has, a number that kernels cannot use or that the family does not allow.
     """
     text = text_config(config)
+    settings.refuse_more(text.to_dict())
     reason = "its layers have sizes of their own" if getattr(text, "is_heterogeneous", False) else ""
     width = KeptWidth(None if reason else _channels(text, settings.intermediate_size), settings.num_key_value_heads)
     if reason := reason or _refusal(config, width):

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from shoal.atomic_files import write_text, written_file
-from shoal.errors import NO_ANSWER, NO_HUB, UserError
+from shoal.errors import NO_ANSWER, NO_HUB, NO_TOKEN, UserError
 from shoal.progress import doing
 
 from .report import FIGURES_DIR
@@ -62,7 +62,7 @@ def push(
     sent = {"commit_message": "Checkpoint, model card and figures from shoal", **further}
     failed = f"export to {repo}: {{}}. {retry.format(folder)}"
     if token is None:
-        raise UserError(failed.format("no Hugging Face token was found; run `hf auth login`"))
+        raise UserError(failed.format(NO_TOKEN))
     api = HfApi(endpoint=endpoint, token=token)
     try:
         with doing(f"pushing to {repo}"):

@@ -65,6 +65,10 @@ class Parts(Section):
             raise ValueError(f"names has {len(self.names)} entries for {len(self.values)} values; give one for each")
 
 
+NUM_EXAMPLES = 32
+"""Rows of the training split that few-shot prompts draw from: its first ones."""
+
+
 @dataclass(frozen=True)
 class Under(Section):
     """Keys of a data set that have another value under one protocol; None = the data set's."""

@@ -22,7 +22,7 @@ from shoal.atomic_files import read_text
 from shoal.data.bundled import BUNDLED
 from shoal.errors import UserError
 
-from .data_sets import DataSet, HubData
+from .data_sets import NUM_EXAMPLES, DataSet, HubData
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,6 @@ Doc = dict[str, Any]
 """What is asked: id, question, context, options, answer (position of the right one), answers (accepted), worked."""
 NUM_ITEMS = 200
 """Items that a generator makes for a task that does not say how many."""
-NUM_EXAMPLES = 32
-"""Rows of the training split that few-shot prompts draw from: its first ones."""
 
 
 def read_splits(data: DataSet, data_dir: Path | None, *, with_examples: bool, **_: Any) -> Any:

@@ -26,7 +26,7 @@ from shoal.task_words import Column
 
 from .data_sets import DataSet, Stamps, share, yaml_files
 from .documents import local_rows
-from .names import described_data, described_tasks, local_data, refuse_unknown, task_folders, unknown
+from .names import FEW_EXAMPLES, described_data, described_tasks, local_data, refuse_unknown, task_folders, unknown
 from .protocols import task_config
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,5 @@ def _set_fewshot(name: str, task: Any, num_fewshot: int | None, seed: int) -> No
     if names_examples or has_other_split:
         most = shots if sampler is None else len(sampler.fewshot_indices or sampler.df)
     if shots and shots > most:
-        raise UserError(
-            f"eval.num_fewshot: {name!r} has only {most} examples next to its scored items; lower it (got {shots})"
-        )
+        raise UserError(FEW_EXAMPLES.format(name, most, shots))
     task.set_fewshot_seed(seed=seed)

@@ -17,6 +17,7 @@ from shoal.abilities.retrieval import numbers_in
 from shoal.errors import UserError
 
 HeadTask = Literal["retrieval", "needle"]
+
 SIZES: dict[HeadTask, tuple[str, tuple[int, ...]]] = {
     "retrieval": ("num_pairs", (8, 16, 32)),
     "needle": ("num_sentences", (20, 40, 80)),

@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,21 +21,23 @@ from shoal.artifacts.training import Training
 from shoal.atomic_files import cache_dir, free_disk, make_folder, refuse_no_lock, write_text
 from shoal.components import require_layers
 from shoal.compress.free_layers import count_of, goal_of_parameters, goals_asked, refuse_impossible_layers
-from shoal.errors import UserError
+from shoal.errors import NO_TOKEN, UserError
 from shoal.eval.report.run import read_run, read_story
-from shoal.eval.tasks.names import local_data, refuse_other_limits, refuse_unknown, tasks_named
+from shoal.eval.tasks.names import local_data, refuse_many_shots, refuse_other_limits, refuse_unknown, tasks_named
 from shoal.formatting import bytes_text
 from shoal.inference.vllm import check_vllm
 from shoal.model_names import DEMO_PREFIX, name_of_model, refuse_no_model, refuse_revision
+from shoal.models import checkpoint_files as files
 from shoal.ranks import NO_GPU, may_have_devices, no_gpu, refuse_crowd
 from shoal.recipe.distill import Live, Recorded
+from shoal.recipe.evaluate import NO_TEMPLATE
 from shoal.recipe.losses import HiddenStates
 from shoal.recipe.measure import METRICS, no_metric, not_measured
-from shoal.recipe.prune import NO_CORNERSTONE, CutThese
+from shoal.recipe.prune import NO_CORNERSTONE, CutThese, Width
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import LOCK
 from shoal.recipe.section import AUTO, DataSource
-from shoal.recipe.trainer_arguments import read_deepspeed
+from shoal.recipe.trainer_arguments import precisions_said, read_deepspeed, refuse_deepspeed, refuse_training
 from shoal.tracking.wandb_run import wandb_mode
 
 MEASURE, SCORE, TRAIN = ("measure", "run"), ("eval", "run"), ("record", "distill", "run")
@@ -69,10 +71,15 @@ class Asked:
         return Path(self.recipe.run_dir).expanduser()
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def described(self) -> tuple[dict[str, Any], Path | None]:
         from shoal.models.download import config_of  # loads the Hub's library
 
         return config_of(self.recipe.model, self.recipe.revision)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The part of config.json that describes the text decoder."""
+        return files.text_part(self.described[0])
 
     def number(self, key: str) -> int | None:
         """The number above 0 that config.json gives for ``key``; None if it gives none, or something else."""
@@ -82,10 +89,13 @@ class Asked:
     @cached_property
     def shards(self) -> list[Any]:
         """Headers of the weight files of a local model."""
-        from shoal.models.checkpoint_files import read_shards
+        return files.read_shards(folder) if (folder := self.described[1]) else []
 
-        folder = Path(self.recipe.model).expanduser()
-        return read_shards(folder) if folder.is_dir() and self.config else []
+    @property
+    def plain(self) -> Path | None:
+        """The model's own folder, with a tokenizer; None of an adapter, a demo model, or one on the Hub."""
+        folder = self.described[1]
+        return folder if folder == Path(self.recipe.model).expanduser() else None
 
     @property
     def measures(self) -> bool:
@@ -115,6 +125,15 @@ def require_distilled(recipe: Recipe) -> None:
         raise UserError(f"{run_dir / 'distilled'}: does not exist yet; run `shoal distill` first")
 
 
+def _push(asked: Asked) -> None:
+    """Refuse a push of nothing, to nowhere, or of nobody."""
+    from huggingface_hub import get_token
+
+    require_distilled(asked.recipe)
+    if get_token() is None:
+        raise UserError(f"export to {asked.recipe.export.hub_repo}: {NO_TOKEN}")
+
+
 def _model_name(asked: Asked) -> None:
     refuse_no_model(asked.recipe.model)
     refuse_revision(asked.recipe.model, asked.recipe.revision)
@@ -139,7 +158,10 @@ def _columns(asked: Asked) -> None:
 
 def _training(asked: Asked) -> None:
     recipe, distill = asked.recipe, asked.recipe.distill
-    read_deepspeed(distill.deepspeed)
+    on_cpu, config = not may_have_devices(), read_deepspeed(distill.deepspeed)
+    ranks = recipe.num_processes or (1 if on_cpu else None)
+    refuse_training(distill, ranks=None if asked.verb == "record" or "LOCAL_RANK" in os.environ else ranks)
+    refuse_deepspeed(config, distill, next(iter(precisions_said(config)), distill.precision), on_cpu=on_cpu)
     if distill.lora is not None:
         distill.lora.require_packages()
     if distill.watch is not None:
@@ -156,13 +178,18 @@ def _training(asked: Asked) -> None:
 
 
 def _scoring(asked: Asked) -> None:
+    from shoal.models.looks import chat_template
+
     settings = asked.recipe.eval
+    if settings.apply_chat_template and asked.plain is not None and chat_template(asked.plain) == "":
+        raise UserError(NO_TEMPLATE)
     local_data(settings.data_dir)
     refuse_unknown(settings.tasks, settings.include_path)
     if settings.backend == "vllm":
         check_vllm("eval.backend")
     if (tasks := tasks_named(settings.tasks, settings.include_path)) is not None:
         refuse_other_limits(settings.limit, tasks)
+        refuse_many_shots(settings.num_fewshot, tasks, settings.include_path)
 
 
 def _crowd(asked: Asked) -> None:
@@ -177,8 +204,6 @@ def student_missing(run_dir: Path) -> UserError:
 
 def _files(asked: Asked) -> None:
     """Refuse files that are not what their names say, and models that are damaged or missing."""
-    from shoal.models.checkpoint_files import check_checkpoint
-
     read_story(asked.folder)
     for name, (kind, verbs) in FILES.items():
         if asked.verb in verbs:
@@ -188,12 +213,51 @@ def _files(asked: Asked) -> None:
         raise student_missing(asked.folder)
     for name, is_there in models.items():
         if is_there and asked.verb in ("distill", *SCORE):
-            check_checkpoint(asked.folder / name)
+            files.check_checkpoint(asked.folder / name)
+
+
+def require_student_of(plan: Plan, run_dir: Path) -> None:
+    """Refuse a student/ that ``plan`` did not make."""
+    student = run_dir / "student"
+    is_there = plan.student and (student / "config.json").is_file()
+    if is_there and plan.student != plan.sealed(files.model_fingerprint(student)):
+        raise UserError(
+            f"{run_dir / Plan.FILE}: describes {plan.in_words()!r}, which does not match {student}: one of them was "
+            "changed after pruning. Delete plan.json and run `shoal prune` again; to choose other layers, set "
+            "prune.drop"
+        )
+
+
+def require_model_of(model: Path, file: str, checksum: str | None) -> None:
+    """Refuse a distilled ``model`` that is not the one of this ``checksum``, which ``file`` stores; "" = any."""
+    if checksum is None:
+        why = f"cannot be checked: {file} is of an older shoal, which did not store a checksum"
+    elif checksum and checksum != files.model_fingerprint(model):
+        why = f"is not the model of {file}: its weights, configuration or tokenizer differ"
+    else:
+        return
+    raise UserError(f"{model}: {why}; delete it, and `shoal distill` restores it from the last checkpoint")
+
+
+def _made(asked: Asked) -> None:
+    """Refuse to score or report models that others than the teacher and the plan made."""
+    file, model, trained = (asked.folder / name for name in (Plan.FILE, "distilled", Training.FILE))
+    there = [(folder / "config.json").is_file() for folder in (asked.folder / "student", model)]
+    if not any(there) or not file.is_file():
+        return
+    plan = Plan.load(file)
+    if asked.plain is not None and "model" in plan.provenance.inputs:
+        inputs = plan.provenance.inputs | {"model": files.model_fingerprint(asked.plain)}
+        Identity(Plan, file, inputs, "prune").require()
+    require_student_of(plan, asked.folder)
+    if there[1] and trained.is_file():
+        require_model_of(model, Training.FILE, Training.load(trained).settings.get("distilled"))
 
 
 def _data(asked: Asked) -> None:
     """Refuse local data whose first documents cannot be used, and a package's that is not installed."""
     from shoal.data.bundled import BUNDLED, NOT_APART
+    from shoal.data.chat import Chat
     from shoal.data.sources import documents, load_texts, local_files, nothing_in, opened
 
     for source in _sources(asked):
@@ -205,9 +269,28 @@ def _data(asked: Asked) -> None:
             load_texts(source, max_characters=FIRST_CHARACTERS)
         elif not source.has_images:
             read = documents(source)
-            first = [each for each in islice(read, FIRST_DOCUMENTS) if each is not None]
+            looked = list(islice(read, FIRST_DOCUMENTS))
+            first = [each for each in looked if each is not None]
             if not first and all(each is None for each in read):
                 raise nothing_in(opened(source))
+            if first and isinstance(first[0], Chat) and source.generate is None:
+                _conversations(asked, opened(source), first, is_all=len(looked) < FIRST_DOCUMENTS)
+
+
+def _conversations(asked: Asked, source: DataSource, first: list[Any], *, is_all: bool) -> None:
+    """Refuse conversations that the model's chat template does not take, or, if the ``first`` of them are all, of which
+    no token is learnt."""
+    from shoal.data.chat import ASSISTANT, MARKS_ITSELF, check_template, nothing_learnt
+    from shoal.models.looks import chat_template
+
+    template = chat_template(asked.plain) if asked.plain is not None else None
+    if template is None:
+        return
+    check_template(template, source.path, first=first[0])
+    answers = (turn["role"] == ASSISTANT for chat in first for turn in chat.messages[1:])
+    is_learnt = any(answers) or MARKS_ITSELF.search(template) or asked.recipe.distill.on_policy is not None
+    if is_all and source.assistant_only and not is_learnt:
+        raise nothing_learnt(source)
 
 
 def _sources(asked: Asked) -> Iterator[DataSource]:
@@ -232,6 +315,9 @@ def _model(asked: Asked) -> None:
             sizes = _by_layer(asked, num_layers, lambda tensor: math.prod(tensor.shape))
             goals = goals_asked([goal_of_parameters(target.params, sum(sizes), sizes[1:])]) if sizes else None
         refuse_impossible_layers(prune, num_layers, goals)
+    for change in prune.changes if asked.verb in CUT else ():
+        if isinstance(change, Width):
+            change.refuse_more(asked.config)
     if asked.verb in CUT and target is not None and target.sequence_length is not None:
         lengths["prune.target.sequence_length"] = target.sequence_length
     if asked.verb in TRAIN:
@@ -242,39 +328,55 @@ def _model(asked: Asked) -> None:
         terms = (term for term in distill.terms if num_layers and isinstance(term, HiddenStates))
         wrong = [layer for term in terms for layer in term.layers or () if not 0 <= layer < (num_layers or 0)]
         require_layers(wrong, num_layers or -1, "distill.losses: hidden_states: layers")
-    from shoal.models.checkpoint_files import refuse_long_rows, refuse_no_tokenizer
-
-    if asked.shards and (asked.measures or asked.verb in (*TRAIN, *SCORE)):
-        refuse_no_tokenizer(Path(asked.recipe.model).expanduser())
     for setting, length in lengths.items():
-        refuse_long_rows(asked.number("max_position_embeddings"), length, setting)
+        files.refuse_long_rows(asked.number("max_position_embeddings"), length, setting)
+
+
+def _checkpoint(asked: Asked) -> None:
+    """Refuse a model of a family that transformers does not know, weights that are not those of config.json, and a
+    damaged tokenizer."""
+    from shoal.models.looks import refuse_config, refuse_tokenizer, refuse_weights
+
+    config, folder = asked.described
+    if asked.recipe.model.startswith(DEMO_PREFIX):
+        return
+    refuse_config(str(folder or asked.recipe.model), config, trust_remote_code=asked.recipe.trust_remote_code)
+    if folder is not None:
+        tensors = (item for shard in asked.shards for item in shard.tensors.items())
+        refuse_weights(folder, config, {name: tensor.shape for name, tensor in tensors})
+    if asked.plain is not None and (asked.measures or asked.verb in (*TRAIN, *SCORE)):
+        refuse_tokenizer(asked.plain)
+
+
+def refuse_model(verb: str, recipe: Recipe, name: str, revision: str | None = None) -> None:
+    """Refuse a model ``name`` that ``verb`` takes beside that of ``recipe``."""
+    _checkpoint(Asked(verb, replace(recipe, model=name, revision=revision)))
 
 
 def _by_layer(asked: Asked, num_layers: int, amount: Callable[[Any], int]) -> list[int]:
     """Sums of ``amount`` over the stored tensors outside the layers, then over those of each layer; empty if names and
     shapes do not tell, or not for certain."""
-    from shoal.models.checkpoint_files import by_layer
-
     names = [name for shard in asked.shards for name in shard.tensors]
     is_odd = "quantization_config" in asked.config or not all(name.endswith((".weight", ".bias")) for name in names)
     is_tied = "lm_head.weight" in names and asked.config.get("tie_word_embeddings") is not False
-    return [] if is_odd or is_tied else by_layer(asked.shards, num_layers, amount)
+    return [] if is_odd or is_tied else files.by_layer(asked.shards, num_layers, amount)
 
 
 def _place(asked: Asked) -> None:
     """Refuse a run directory that cannot be made or written to, or has less room than the weights that will be written
     take, as far as the teacher's files tell."""
     folder, prune, num_layers = asked.folder, asked.recipe.prune, asked.number("num_hidden_layers")
-    if asked.recipe.model.startswith(DEMO_PREFIX):
-        make_folder(cache_dir(), setting="SHOAL_CACHE")
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
-    make_folder(folder)
-    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-        raise UserError(f"{folder}: cannot be written (Permission denied); set run_dir to a folder you may write to")
+    name = asked.recipe.model
+    if name.startswith(DEMO_PREFIX) and not (cache_dir() / name.removeprefix(DEMO_PREFIX) / "config.json").is_file():
+        require_folder(cache_dir(), setting="SHOAL_CACHE")
+    require_folder(folder)
+    for path, kind, verbs in ((folder / "report.html", "folder", ("report", "run")), (folder / "eval", "file", SCORE)):
+        if asked.verb in verbs and path.exists() and path.is_dir() == (kind == "folder"):
+            raise UserError(f"{path}: a {kind} with this name exists; remove it, or set run_dir to another folder")
     refuse_no_lock(folder / LOCK)
-    with contextlib.suppress(OSError):  # another process may be writing into it by now
-        for made in new:
-            made.rmdir()
+    student, home = folder / "student", asked.described[1]
+    if asked.verb in CUT and home is not None and home.resolve().is_relative_to(student.resolve()):
+        raise UserError(f"{student}: {files.OWN_FOLDER}")
     written = {"student": CUT, "distilled": ("distill", "run")}
     due = [name for name, verbs in written.items() if asked.verb in verbs and not (folder / name).is_dir()]
     if not due or num_layers is None or prune.changes or getattr(prune, "target", None) is not None:
@@ -287,6 +389,17 @@ def _place(asked: Asked) -> None:
             f"run_dir {folder}: at least {bytes_text(needed)} are to be written there and {bytes_text(free)} are free; "
             "free some space, or set run_dir to another disk"
         )
+
+
+def require_folder(folder: Path, *, setting: str = "run_dir") -> None:
+    """Refuse a folder that cannot be made or written to; nothing stays of one that was not there."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    make_folder(folder, setting=setting)
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise UserError(f"{folder}: cannot be written (Permission denied); set {setting} to a folder you may write to")
+    with contextlib.suppress(OSError):  # another process may be writing into it by now
+        for made in new:
+            made.rmdir()
 
 
 def _machine(asked: Asked) -> None:
@@ -313,7 +426,7 @@ class Look(NamedTuple):
 
 LOOKS = (
     Look(lambda asked: read_run(asked.folder), ("report",)),
-    Look(lambda asked: require_distilled(asked.recipe), ("push",), once=False),
+    Look(_push, ("push",), once=False),
     Look(_model_name, (*LOAD, "push"), once=False),
     Look(_columns, (*MEASURE, *CUT), once=False),
     Look(_training, TRAIN, once=False),
@@ -321,7 +434,9 @@ LOOKS = (
     Look(_crowd, ("measure", "distill", "eval", "run")),
     Look(_data, LOAD),
     Look(_model, LOAD),
+    Look(_checkpoint, LOAD),
     Look(_files, LOAD),
+    Look(_made, ("eval", "report", "push")),
     Look(_place, (*LOAD, "report"), if_written=True),
     Look(lambda asked: wandb_mode(asked.recipe.track), (*LOAD, "report", "push"), if_written=True),
     Look(_machine, LOAD),

@@ -28,6 +28,7 @@ from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, barrier, environment, free_memory, seed_everything
 
 from .distill import trainings
+from .early import require_model_of
 from .launch import seeing
 from .prune import read_plan
 from .run import Run, locked, open_run, resolved, write_story
@@ -214,13 +215,7 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
         for folder, asked in trainings(run, read_plan(run)).items():
             model, file = folder / "distilled", asked.path.name
             told = asked.require().settings.get("distilled") if model in folders.values() else ""
-            if told is None:
-                why = f"cannot be checked: {file} is of an older shoal, which did not store a checksum"
-            elif told and told != model_fingerprint(model):
-                why = f"is not the model of {file}: its weights, configuration or tokenizer differ"
-            else:
-                continue
-            raise UserError(f"{model}: {why}; delete it, and `shoal distill` restores it from the last checkpoint")
+            require_model_of(model, file, told)
 
 
 def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:

@@ -16,7 +16,6 @@ from shoal.artifacts.identity import Identity
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.data.sources import load_texts, sources_fingerprint
-from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config, without_data
 from shoal.ranks import is_main
@@ -25,6 +24,7 @@ from shoal.recipe.prune import CutThese, Width
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, barrier, everyone_sees
 
+from .early import require_student_of
 from .measure import importance_of, measure
 from .overlap import search_of_rows
 from .run import Run, check_length
@@ -97,14 +97,8 @@ def read_plan(run: Run) -> Plan:
 
 def _plan_of_its_student(run: Run) -> Plan:
     """plan.json, as student/ was made by it."""
-    path, student = run.dir / Plan.FILE, run.dir / "student"
-    plan = Plan.load(path)
-    is_there = plan.student and (student / "config.json").is_file()
-    if is_there and plan.student != plan.sealed(model_fingerprint(student)):
-        raise UserError(
-            f"{path}: describes {plan.in_words()!r}, which does not match {student}: one of them was changed after "
-            "pruning. Delete plan.json and run `shoal prune` again; to choose other layers, set prune.drop"
-        )
+    plan = Plan.load(run.dir / Plan.FILE)
+    require_student_of(plan, run.dir)
     return plan
 
 

@@ -28,7 +28,7 @@ from shoal.recipe.recipe import load_recipe
 from shoal.redaction import redacted_arguments
 from shoal.yaml_text import read_yaml
 
-from .early import refuse_early
+from .early import refuse_early, refuse_model
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ def compare(asked: argparse.Namespace) -> Any:
         read_scored(runs[0])
         if len(runs) > 1:
             find_common(read_contenders(runs), across_teachers=asked.across_teachers)
+        for name in filter(names_model, asked.words):
+            refuse_model("eval", load_recipe(str(runs[0])), name)
         with loading():
             from .evaluate import scored_beside_runs
         folders = scored_beside_runs(asked.words, out)

@@ -22,6 +22,7 @@ importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.
     model_names   what names a model: a folder, a Hub id, a demo model
     redaction     secrets stay here
     yaml_text     YAML 1.2 scalars, no key twice
+    installed     what libraries know by name, without importing them
     components    what can be taken out of a model's layers
     task_words    words instead of task identifiers
 

@@ -39,6 +39,7 @@ _FULL_TEXTS = (
 
 NO_ANSWER = (json.JSONDecodeError, KeyError, TypeError, AttributeError)
 """What huggingface_hub raises where something else than a Hub has answered."""
+NO_TOKEN = "no Hugging Face token was found; run `hf auth login`"
 NO_HUB = "the server that answers is not a Hub ({}); check the network, and HF_ENDPOINT"
 
 

@@ -50,6 +50,8 @@ def _place() -> tuple[int, int, int]:
     if not said:
         return 0, 0, 1
     there = [int(value) if value.isdecimal() else -1 for value in said.values()]
+    if not ((port := os.environ.get("MASTER_PORT", "0")).isdecimal() and int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port}: is no port; choose another port with --master_port")
     if len(there) == len(LAUNCHED) and min(there) >= 0 and max(there[:2]) < there[2]:
         return there[0], there[1], there[2]
     told = " ".join(f"{name}={value}" for name, value in said.items())

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from shoal.lab import command
+from shoal.lab.settings import SETTINGS
 from shoal.launch.verbs.run import Run
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import Section
@@ -17,7 +18,7 @@ from shoal.recipe.section import Section
 
 def test_the_list_has_a_line_for_every_part() -> None:
     listed = command.lab([])
-    assert [line.split()[2] for line in listed.splitlines()] == list(command.PARTS)
+    assert [line.split()[2] for line in listed.splitlines()] == list(command.PARTS) == list(SETTINGS)
 
 
 def test_a_run_directory_that_the_lab_began_knows_its_recipe(
@@ -29,9 +30,9 @@ def test_a_run_directory_that_the_lab_began_knows_its_recipe(
         (run.dir / "echo.json").write_text("{}")
         return f"worked in {run.dir.name}"
 
-    part = SimpleNamespace(Settings=make_dataclass("Settings", [], bases=(Section,)), work=work)
+    monkeypatch.setitem(SETTINGS, "echo", make_dataclass("Echo", [], bases=(Section,)))
     monkeypatch.setitem(command.PARTS, "echo", "says where it worked")
-    monkeypatch.setitem(sys.modules, "shoal.lab.echo", part)
+    monkeypatch.setitem(sys.modules, "shoal.lab.echo", SimpleNamespace(work=work))
     recipe = tmp_path / "own.yaml"
     recipe.write_text(f"{{model: {teacher}, run_dir: {tmp_path / 'run'}, dtype: float32}}")
     assert command.lab(["echo", str(recipe)]) == "worked in run"

@@ -22,16 +22,10 @@ from shoal.machine import Choice
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Live, Recorded, TrainingSource
 from shoal.recipe.losses import CrossEntropy, ForwardKL
+from shoal.recipe.trainer_arguments import batch_split
 from shoal.train.dataset import rows_to_train_on
 from shoal.train.distill import check_distillable, make_trainer
-from shoal.train.engine.arguments import (
-    batch_split,
-    check_names,
-    deepspeed_config,
-    num_rows,
-    rows_per_step,
-    training_arguments,
-)
+from shoal.train.engine.arguments import check_names, deepspeed_config, num_rows, rows_per_step, training_arguments
 from shoal.train.student.spec import Ranks, train_spec
 
 CASES = cases(__file__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,44 +21,15 @@ from shoal.errors import UserError
 from shoal.machine import fast_dtype
 from shoal.ranks import world_size
 from shoal.recipe import trainer_arguments
-from shoal.recipe.distill import Distill, Live
+from shoal.recipe.distill import Distill
 from shoal.recipe.messages import demand
 from shoal.recipe.section import as_dict
+from shoal.recipe.trainer_arguments import DEEPSPEED_BATCH, batch_split
 from shoal.runtime import device
 
 from .distillation_config import SAME_AS_IN_RECIPE, DistillationConfig
 
 log = logging.getLogger(__name__)
-
-OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
-"""DeepSpeed's own."""
-DEEPSPEED_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-"""What a DeepSpeed configuration says of the batch, which depends on the number of ranks."""
-
-
-def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, int]:
-    """Rows of a micro-batch on one rank, and micro-batches of an optimizer step; ``ranks`` None = those of this run.
-
-    Rows are handed out in order, micro-batch by micro-batch and within one rank by rank, so an optimizer step holds the
-    same rows however it is split.
-
-    Raises:
-        UserError: `distill.batch_size` does not come out even over these ranks.
-    """
-    micro_batch = settings.trainer.get("per_device_train_batch_size")
-    default = int(trainer_arguments.DEFAULTS["per_device_train_batch_size"])
-    if settings.batch_size is None:
-        return int(micro_batch or default), int(settings.trainer.get("gradient_accumulation_steps", 1))
-    ranks = ranks or world_size()
-    per_rank, rest = divmod(settings.batch_size, ranks)
-    rows = int(micro_batch or max(n for n in range(1, default + 1) if per_rank % n == 0))
-    if rest or per_rank % rows:
-        raise UserError(
-            f"distill.batch_size: {settings.batch_size} rows cannot be divided over {ranks} ranks by "
-            f"distill.trainer.per_device_train_batch_size {rows}; choose a multiple of both, or another number of "
-            "ranks"
-        )
-    return rows, per_rank // rows
 
 
 def rows_per_step(settings: Distill) -> int:
@@ -157,7 +128,8 @@ def check_names(settings: Distill, *, ranks: int | None = None) -> None:
         if (problem := _problem(name, value, hints[name])) is not None:
             raise UserError(f"distill.trainer.{name}: {problem} (got {value!r})")
     given = {name: parameter.default for name, parameter in known.items()} | trainer_arguments.DEFAULTS | trainer
-    _check_makers(given)
+    trainer_arguments.refuse_training(settings, ranks=None)
+    _check_schedule(given)
     config = trainer_arguments.read_deepspeed(settings.deepspeed)
     if ranks is None:
         config = {key: value for key, value in config.items() if key not in DEEPSPEED_BATCH}
@@ -187,9 +159,8 @@ def _problem(name: str, value: Any, hint: Any) -> str | None:
     return None
 
 
-def _check_makers(given: Mapping[str, Any]) -> None:
-    """Refuse a schedule that cannot be made, or an optimizer whose package is not installed; what else that needs, a
-    model for one, is not there yet."""
+def _check_schedule(given: Mapping[str, Any]) -> None:
+    """Refuse a schedule that cannot be made."""
     name, settings = given["lr_scheduler_type"], given["lr_scheduler_kwargs"] or {}
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
@@ -199,16 +170,6 @@ def _check_makers(given: Mapping[str, Any]) -> None:
             f"distill.trainer.lr_scheduler_kwargs: {settings} do not fit lr_scheduler_type {name} ({error}); fix "
             "them, or choose another type"
         ) from error
-    from transformers import Trainer  # with datasets and pandas, which take a second
-
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**given))  # pyright: ignore[reportArgumentType]
-    except (ImportError, ValueError) as error:
-        if isinstance(error, ImportError) or "install" in str(error):
-            raise UserError(
-                f"distill.trainer.optim: {given['optim']} needs a package that is not installed ({error}); install "
-                "it, or choose another optimizer, such as adamw_torch"
-            ) from error
 
 
 @dataclass(frozen=True)
@@ -283,9 +244,7 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     precision = said[0] if said else settings.precision
     if precision == "auto":
         precision = trainer_arguments.trained_in(config, fast_dtype(device()).dtype)
-    for is_wrong, message in _wrong(config, settings, precision):
-        if is_wrong:
-            raise UserError(message)
+    trainer_arguments.refuse_deepspeed(config, settings, precision, on_cpu=not torch.accelerator.is_available())
     if precision == "bf16-true":
         # DeepSpeed steps fp32 copies: a plain bf16 weight does not move at usual learning rates, its rounding is
         # coarser than a step. Left alone it would add micro-batches' gradients up in bf16
@@ -304,57 +263,3 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     for key in (*DEEPSPEED_BATCH, "gradient_clipping"):
         config.setdefault(key, "auto")
     return config
-
-
-def _wrong(config: Mapping[str, Any], settings: Distill, precision: str) -> Iterator[tuple[bool, str]]:
-    """What shoal knows to be wrong of a configuration, and whether it is so; ``precision`` is what comes of both."""
-    stage = config["zero_optimization"]["stage"]
-    asked = {*trainer_arguments.precisions_said(config), *({settings.precision} - {"auto"})}
-    optimizer = config.get("optimizer", {"type": "Adam"})
-    kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
-    yield (
-        "scheduler" in config,
-        "distill.deepspeed: `scheduler` is not supported; set lr_scheduler_type under distill.trainer",
-    )
-    yield (
-        "datastates_ckpt" in config or bool((config.get("checkpoint") or {}).get("writer")),
-        "distill.deepspeed: checkpoint.writer and datastates_ckpt are not supported, since shoal writes checkpoints "
-        "during training; remove them",
-    )
-    yield (
-        not isinstance(kind, str) or (kind.lower() not in OPTIMIZERS and not hasattr(torch.optim, kind)),
-        f"distill.deepspeed: optimizer.type must be one of {', '.join(OPTIMIZERS)}, or a class of torch.optim (got "
-        f"{kind!r})",
-    )
-    yield (
-        len(asked) > 1,
-        "distill.precision: distill.precision and distill.deepspeed name different precisions "
-        f"({' and '.join(sorted(asked))}); remove one of them",
-    )
-    yield (
-        precision == "bf16-true" and stage == 0,
-        "distill.precision: bf16-true with ZeRO stage 0 starts Adam one step late; set distill.deepspeed: "
-        "zero1 or higher, or distill.precision: bf16-mixed, which is exact at every stage",
-    )
-    yield (
-        trainer_arguments.computed_in(precision) == "float16" and not torch.accelerator.is_available(),
-        f"distill.precision: {precision} does not train on a CPU; use auto, and no fp16 in the DeepSpeed configuration",
-    )
-    yield (
-        precision == "fp16-mixed" and stage > 0,
-        f"distill.precision: fp16-mixed does not work with ZeRO {stage}: gradient clipping is wrong under loss "
-        "scaling; set distill.deepspeed: zero0, or precision: float32 or fp16-true",
-    )
-    yield (
-        bool(settings.trainer.get("torch_compile")) and stage == 3,
-        "distill.trainer.torch_compile: ZeRO 3 gathers weights inside of layers, and compiled layers cannot wait "
-        "for that; set distill.deepspeed: zero2, or torch_compile: false",
-    )
-    yield (
-        settings.lora is not None and settings.lora.load_in_4bit and stage == 3,
-        "distill.lora.load_in_4bit: ZeRO 3 cannot shard 4-bit weights; use ZeRO 0 to 2, or load_in_4bit: false",
-    )
-    yield (
-        isinstance(settings.teacher, Live) and settings.teacher.offload and stage == 3,
-        "distill.teacher.offload: ZeRO 3 shards the teacher over the ranks already; remove it",
-    )

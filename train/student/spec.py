@@ -19,10 +19,10 @@ from shoal.recipe.distill import Distill, Live, Recorded, sources_that_ask
 from shoal.recipe.losses import HiddenStates, needs_teacher, reads_distributions
 from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Dtype
-from shoal.recipe.trainer_arguments import DEFAULTS
+from shoal.recipe.trainer_arguments import DEFAULTS, batch_split
 from shoal.runtime import device
 
-from ..engine.arguments import DeepSpeed, batch_split, deepspeed_config
+from ..engine.arguments import DeepSpeed, deepspeed_config
 from .sizes import built, shapes_only
 from .trainable import Trained, keys_from, parts_of, recorded_layers, shares_prefix, trained_parts
 

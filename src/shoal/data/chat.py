@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 
 from shoal.errors import UserError
-from shoal.recipe.section import Messages, PromptCompletion
+from shoal.recipe.section import DataSource, Messages, PromptCompletion
 
 ASSISTANT = "assistant"
 MARKS_ITSELF = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -126,23 +126,43 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
     return [dict(turn) for turn in value]
 
 
-def check_template(tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer that cannot render conversations of the source ``name``, or not tell which characters a token
-    covers, by which the assistant's are known."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+def check_template(template: Any, name: str, *, is_fast: bool = True, first: Chat | None = None) -> None:
+    """Refuse a tokenizer that cannot render conversations of the source ``name``, of which the ``first`` is tried, or
+    that cannot tell which characters a token covers, by which the assistant's are known: then it is not
+    ``is_fast``."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # loads no torch
 
-    lacks = "" if tokenizer.chat_template else "has no chat template"
-    lacks = lacks or ("" if tokenizer.is_fast else "does not report which characters a token covers")
+    lacks = "" if template else "has no chat template"
+    lacks = lacks or ("" if is_fast else "does not report which characters a token covers")
     try:
-        render_jinja_template(conversations=[], chat_template=tokenizer.chat_template or "")
+        render_jinja_template(conversations=[], chat_template=template or "")
+        if first is not None and not lacks:
+            render_jinja_template(conversations=[first.messages], tools=first.tools, chat_template=template)
     except jinja2.TemplateSyntaxError as error:
         lacks = f"has a chat template that is not valid ({error})"
+    except (jinja2.TemplateError, TypeError, OverflowError, MemoryError) as error:
+        if first is not None and not isinstance(error, jinja2.UndefinedError | TypeError):  # of a token that it names
+            raise _rejected(first, error) from error
     if lacks:
         raise UserError(
             f"data {name!r}: holds conversations, but the model's tokenizer {lacks}; use the tokenizer of an "
             "instruction-tuned model with a tokenizer.json, or render the conversations into a column of text and "
             "name that column"
         )
+
+
+def nothing_learnt(source: DataSource) -> UserError:
+    """The refusal of a source that has content and teaches nothing."""
+    if source.has_images:
+        words = "no image with its question and answer fits into a row; raise sequence_length"
+    elif source.is_chat:
+        words = (
+            "no conversation has a token to train on (an answer of the assistant, within the row if packing is "
+            "bfd); name another column, raise sequence_length, or set loss_on: all"
+        )
+    else:
+        words = "every document is empty after tokenisation; name a source with text"
+    return UserError(f"data {source.path!r}: {words}")
 
 
 def tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list[int], np.ndarray]:
@@ -154,12 +174,16 @@ def tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list
     try:
         return _tokenised(chat, tokenizer, assistant_only=assistant_only)
     except (jinja2.TemplateError, TypeError, OverflowError, MemoryError) as error:
-        reason = str(error).strip() or type(error).__name__
-        roles = ", ".join(message["role"] for message in chat.messages)
-        raise UserError(
-            f"data {chat.where}: the chat template rejects a conversation of {roles} ({reason}); remove such rows, "
-            "or put the turns into the order that the model was trained on"
-        ) from error
+        raise _rejected(chat, error) from error
+
+
+def _rejected(chat: Chat, error: Exception) -> UserError:
+    reason = str(error).strip() or type(error).__name__
+    roles = ", ".join(message["role"] for message in chat.messages)
+    return UserError(
+        f"data {chat.where}: the chat template rejects a conversation of {roles} ({reason}); remove such rows, "
+        "or put the turns into the order that the model was trained on"
+    )
 
 
 def _tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list[int], np.ndarray]:

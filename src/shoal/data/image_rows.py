@@ -17,10 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from shoal.atomic_files import fingerprint, known_hash
-from shoal.data.chat import ASSISTANT, ImageRow, column_of, without_layout
+from shoal.data.chat import ASSISTANT, ImageRow, column_of, nothing_learnt, without_layout
 from shoal.data.packing import IMAGES, NO_IMAGE, PackedRows
 from shoal.data.sources import records
-from shoal.data.streams import nothing_learnt
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.load import Checkpoint, load_processor, reads_images

@@ -17,7 +17,7 @@ import torch
 
 from shoal.atomic_files import write_json
 from shoal.data.bundled import BUNDLED
-from shoal.data.chat import Chat, ImageRow, check_template, tokenised
+from shoal.data.chat import Chat, ImageRow, check_template, nothing_learnt, tokenised
 from shoal.data.packing import (
     COUNTS,
     FIELDS,
@@ -168,7 +168,7 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
         return
     reading = _Reading(source, tokenizer, sequence_length if packing == "bfd" else None, sequence_length)
     if source.is_chat:
-        check_template(tokenizer, source.path)
+        check_template(tokenizer.chat_template, source.path, is_fast=tokenizer.is_fast)
     has_items = False
     items = (item for item in documents(source) if item is not None)
     for item in items:
@@ -176,20 +176,6 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
         if any(True for _ in reading.documents([item], epoch=0, count=Counter())):
             return
     raise nothing_learnt(source) if has_items else nothing_in(source)
-
-
-def nothing_learnt(source: DataSource) -> UserError:
-    """The refusal of a source that has content and teaches nothing."""
-    if source.has_images:
-        words = "no image with its question and answer fits into a row; raise sequence_length"
-    elif source.is_chat:
-        words = (
-            "no conversation has a token to train on (an answer of the assistant, within the row if packing is "
-            "bfd); name another column, raise sequence_length, or set loss_on: all"
-        )
-    else:
-        words = "every document is empty after tokenisation; name a source with text"
-    return UserError(f"data {source.path!r}: {words}")
 
 
 @dataclass(frozen=True)
@@ -209,7 +195,7 @@ class _Reading:
     ) -> Iterator[TokenDocument]:
         """The source's documents without end, in another order every epoch."""
         if self.source.is_chat:
-            check_template(self.tokenizer, self.source.path)
+            check_template(self.tokenizer.chat_template, self.source.path, is_fast=self.tokenizer.is_fast)
         for epoch, items in _epochs(self.source, given, seed=seed, count=count):
             nothing = True
             for document in self.documents(items, epoch=epoch, count=count):

@@ -8,6 +8,7 @@ anatomy           where their decoder layers live
 attention         which kernels compute it: flash, sdpa, eager
 families          what single families do otherwise
 checkpoint_files  folders of files: whole or damaged, and what identifies them
+looks             what is wrong with them before torch is loaded
 cost              what a model takes to keep and to run, told from its configuration
 document_masks    documents of a row stay apart, and where they cannot
 packed_attention  torch's own flash kernels for them

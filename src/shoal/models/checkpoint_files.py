@@ -35,8 +35,15 @@ DIVIDE = (("num_key_value_heads", "num_attention_heads"), ("num_attention_heads"
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 """Ends of the names of architectures that read text and write none."""
 NO_TOKENIZER = "no usable tokenizer ({}); copy the base model's tokenizer files there"
+NO_END = "the tokenizer has neither a pad nor an end token; set pad_token in tokenizer_config.json"
 NOT_CAUSAL = "is not a causal language model of transformers (one that writes text from left to right); give one"
+NEEDS_CODE = (
+    "needs code that comes with the checkpoint; read the code, and if you trust it, set trust_remote_code: true in the "
+    "recipe"
+)
+UNKNOWN_TYPE = "this version of transformers does not know the architecture; upgrade it, or give another model"
 WRONG_SHAPES = f"the weights do not have the shapes that config.json gives; {DOWNLOAD_AGAIN}"
+OWN_FOLDER = "is the teacher's own folder, or contains it; choose another folder for the student"
 SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 OTHER_VOCABULARIES = ("*.model", "*.tiktoken", "vocab.txt")

@@ -10,7 +10,7 @@ from huggingface_hub import errors, snapshot_download
 
 from shoal.errors import NO_ANSWER, NO_HUB, UserError
 from shoal.model_names import ADAPTER_CONFIG, DEMO_MODELS, DEMO_PREFIX, refuse_no_model
-from shoal.models.checkpoint_files import WITH_MODEL, check_checkpoint, check_config, json_or_empty, text_part
+from shoal.models.checkpoint_files import WITH_MODEL, check_checkpoint, check_config, json_or_empty
 from shoal.progress import doing
 
 CHECKPOINT_FILES = (
@@ -34,20 +34,21 @@ NOT_DOWNLOADED: dict[type[Exception] | tuple[type[Exception], ...], str] = {
 """What huggingface_hub raises -> what it means, the most special first."""
 
 
-def config_of(name: str, revision: str | None, *, with_weights: bool = True) -> dict[str, Any]:
-    """The part of config.json that describes the text decoder of model ``name``. ``with_weights``: the headers of a
-    folder's weight files are checked, too.
+def config_of(name: str, revision: str | None, *, with_weights: bool = True) -> tuple[dict[str, Any], Path | None]:
+    """config.json of model ``name``, and the folder in which it lies; None of a demo model, or on the Hub.
+    ``with_weights``: the headers of a folder's weight files are checked, too.
 
     Raises:
         UserError: as download, or a folder as check_config and check_checkpoint.
     """
     if name.startswith(DEMO_PREFIX):
-        return DEMO_MODELS[name.removeprefix(DEMO_PREFIX)][-1]
+        refuse_no_model(name)
+        return DEMO_MODELS[name.removeprefix(DEMO_PREFIX)][-1], None
     folder = Path(name).expanduser()
     if not (is_here := folder.exists()):
         folder = download(name, revision, patterns=CONFIGS)
     check_checkpoint(folder) if is_here and with_weights else check_config(folder)
-    return text_part(json_or_empty(folder / "config.json"))
+    return json_or_empty(folder / "config.json"), folder if is_here else None
 
 
 def download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECKPOINT_FILES) -> Path:

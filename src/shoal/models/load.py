@@ -38,8 +38,11 @@ from shoal.models.anatomy import text_config
 from shoal.models.attention import implementation
 from shoal.models.checkpoint_files import (
     DOWNLOAD_AGAIN,
+    NEEDS_CODE,
+    NO_END,
     NO_TOKENIZER,
     NOT_CAUSAL,
+    UNKNOWN_TYPE,
     WRONG_SHAPES,
     Shard,
     check_checkpoint,
@@ -58,9 +61,8 @@ ALIGNMENT = 64
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Plain floating-point dtypes by their names in safetensors files."""
 SAID = {
-    "trust_remote_code": "needs code that comes with the checkpoint; read the code, and if you trust it, set "
-    "trust_remote_code: true in the recipe",
-    "model type": "this version of transformers does not know the architecture; upgrade it, or give another model",
+    "trust_remote_code": NEEDS_CODE,
+    "model type": UNKNOWN_TYPE,
     "Unrecognized configuration class": NOT_CAUSAL,
     "attn_implementation": "does not have the attention that the recipe sets; set attn_implementation: auto",
     "ignore_mismatched_sizes": WRONG_SHAPES,
@@ -125,9 +127,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def pad_with_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Let ``tokenizer``, called ``name`` in messages, pad with its end token."""
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{name}: the tokenizer has neither a pad nor an end token; set pad_token in tokenizer_config.json"
-        )
+        raise UserError(f"{name}: {NO_END}")
     tokenizer.pad_token = tokenizer.eos_token
 
 

@@ -23,6 +23,9 @@ from shoal.yaml_text import own_yaml
 
 log = logging.getLogger(__name__)
 SUITES = ("quick", "transfer", "standard", "full")
+NO_TEMPLATE = (
+    "eval.apply_chat_template: the tokenizer has no chat template; remove it, or name an instruction-tuned model"
+)
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
     CONFIGS_DIR = Path(__file__).parents[3] / "configs"

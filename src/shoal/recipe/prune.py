@@ -5,11 +5,13 @@ It is one of two types: layers that are named, or so many by a score. Each has t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from shoal.errors import UserError
 from shoal.formatting import listed
 from shoal.recipe.section import Above0, Index, Layers, Positive, RowLength, Section, Shapes, Text, listed_as
 
@@ -33,6 +35,13 @@ class Width(Section):
                 f"intermediate_size: {self.intermediate_size} is not a whole number of channels; give a whole "
                 "number, or a share below 1"
             )
+
+    def refuse_more(self, config: Mapping[str, Any]) -> None:
+        """Refuse more than a model with this text configuration has."""
+        for key in ("num_key_value_heads", "intermediate_size"):
+            count, most = getattr(self, key) or 0, config.get(key)
+            if type(most) is int and count > most:
+                raise UserError(f"prune.changes.width.{key}: {count} is more than the {most} of the model; lower it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.errors import UserError
 from shoal.formatting import meant
+from shoal.installed import names, source
+from shoal.ranks import world_size
 from shoal.recipe.asked import at, refused
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.field_words import TRAINING_ARGUMENTS, field_word
 from shoal.yaml_text import own_yaml
+
+if TYPE_CHECKING:
+    from shoal.recipe.distill import Distill
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -37,6 +44,16 @@ REFUSED_ARGUMENTS: dict[str, str] = {
     name: why for names, why in _REFUSED["refused"].items() for name in names.split()
 } | refused("distill.trainer")
 """Training arguments that would be wrong, ignored or leaked here."""
+CHOICES = {
+    "lr_scheduler_type": ("trainer_utils.py", "class SchedulerType("),
+    "save_strategy": ("trainer_utils.py", "class SaveStrategy("),
+    "optim": ("training_args.py", "class OptimizerNames("),
+}
+"""Training argument -> the file and the class of transformers that names what it may be."""
+OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
+"""DeepSpeed's own."""
+DEEPSPEED_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+"""What a DeepSpeed configuration says of the batch, which depends on the number of ranks."""
 BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """How ranks and micro-batches share the rows of one optimizer step."""
 MOST = 1e12
@@ -158,6 +175,78 @@ def trained_in(config: Mapping[str, Any], fastest: str) -> str:
     """
     is_sharded = config.get("zero_optimization", {}).get("stage", 0)
     return "float32" if fastest == "float16" and is_sharded else MIXED.get(fastest, fastest)
+
+
+def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, int]:
+    """Rows of a micro-batch on one rank, and micro-batches of an optimizer step; ``ranks`` None = those of this run.
+
+    Rows are handed out in order, micro-batch by micro-batch and within one rank by rank, so an optimizer step holds the
+    same rows however it is split.
+
+    Raises:
+        UserError: `distill.batch_size` does not come out even over these ranks.
+    """
+    micro_batch = settings.trainer.get("per_device_train_batch_size")
+    default = int(DEFAULTS["per_device_train_batch_size"])
+    if settings.batch_size is None:
+        return int(micro_batch or default), int(settings.trainer.get("gradient_accumulation_steps", 1))
+    ranks = ranks or world_size()
+    per_rank, rest = divmod(settings.batch_size, ranks)
+    rows = int(micro_batch or max(n for n in range(1, default + 1) if per_rank % n == 0))
+    if rest or per_rank % rows:
+        raise UserError(
+            f"distill.batch_size: {settings.batch_size} rows cannot be divided over {ranks} ranks by "
+            f"distill.trainer.per_device_train_batch_size {rows}; choose a multiple of both, or another number of "
+            "ranks"
+        )
+    return rows, per_rank // rows
+
+
+def refuse_training(settings: Distill, *, ranks: int | None) -> None:
+    """Refuse names that transformers does not know, an optimizer whose package is not installed, and numbers that
+    contradict each other, as far as the number of ``ranks`` is known."""
+    trainer, config, told = settings.trainer, read_deepspeed(settings.deepspeed), _REFUSED["training"]
+    for name, place in CHOICES.items():
+        if (known := names("transformers", *place)) and trainer.get(name, known[0]) not in known:
+            choices = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
+            raise UserError(f"distill.trainer.{name}: must be {choices} (got {trainer[name]!r})")
+    optim, more = trainer.get("optim"), trainer.get("lr_scheduler_kwargs")
+    for package, those in _REFUSED["optimizer_packages"].items():
+        if optim in those.split() and not find_spec(package):
+            raise UserError(told["optim"].format(optim=optim, package=package))
+    words = re.findall(r"\w+", source("transformers", "optimization.py"))
+    for word in more if isinstance(more, dict) and words else ():
+        if word not in words:
+            raise UserError(told["schedule"].format(**{**DEFAULTS, **trainer}, word=word))
+    if ranks is not None:
+        rows, steps = batch_split(settings, ranks=ranks)
+        for key, own in zip(DEEPSPEED_BATCH, (rows * steps * ranks, rows, steps), strict=True):
+            if type(config.get(key)) is int and config[key] != own:
+                raise UserError(told["batch"].format(key=key, said=config[key], ranks=ranks, own=own))
+
+
+def refuse_deepspeed(config: Mapping[str, Any], settings: Distill, precision: str, *, on_cpu: bool) -> None:
+    """Refuse what shoal knows to be wrong of a DeepSpeed configuration; ``precision`` is what the training is in, auto
+    if that is not known."""
+    stage, said = config.get("zero_optimization", {}).get("stage", 0), precisions_said(config)
+    asked, optimizer = {*said, *({settings.precision} - {"auto"})}, config.get("optimizer", {"type": "Adam"})
+    kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
+    of_torch = re.findall(r"import (\w+) as", source("torch", "optim/__init__.py"))
+    wrong = {
+        "scheduler": "scheduler" in config,
+        "writer": "datastates_ckpt" in config or (config.get("checkpoint") or {}).get("writer"),
+        "optimizer": not isinstance(kind, str) or (kind.lower() not in OPTIMIZERS and kind not in of_torch),
+        "precisions": len(asked) > 1,
+        "late Adam": precision == "bf16-true" and stage == 0,
+        "half on a CPU": computed_in(precision) == "float16" and on_cpu,
+        "clipping": precision == "fp16-mixed" and stage > 0,
+        "compiled": settings.trainer.get("torch_compile") and stage == 3,
+        "4 bits": settings.lora is not None and settings.lora.load_in_4bit and stage == 3,
+        "offloaded": getattr(settings.teacher, "offload", False) and stage == 3,
+    }
+    if (name := next(filter(wrong.get, wrong), None)) is not None:
+        words = {"kinds": ", ".join(OPTIMIZERS), "kind": kind, "asked": " and ".join(sorted(asked))}
+        raise UserError(_REFUSED["deepspeed_wrong"][name].format(**words, precision=precision, stage=stage))
 
 
 def _with_sections(config: dict[str, Any]) -> dict[str, Any]:

