@@ -1,7 +1,7 @@
 """How recipes are read, and how every wrong one is refused.
 
 Covers: shoal.recipe.distill, shoal.recipe.evaluate, shoal.recipe.measure,
-shoal.recipe.messages, shoal.recipe.prune, shoal.recipe.trainer_arguments, shoal.yaml_text.
+shoal.recipe.messages, shoal.recipe.prune, shoal.yaml_text.
 """
 
 from __future__ import annotations
