@@ -1,4 +1,7 @@
-"""The verb of the lab: its list, and what it refuses before anything is loaded."""
+"""The verb of the lab: its list, and what it refuses before anything is loaded.
+
+Covers: shoal.lab.settings.
+"""
 
 from __future__ import annotations
 
