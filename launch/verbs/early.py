@@ -335,7 +335,7 @@ def _model(asked: Asked) -> None:
 def _checkpoint(asked: Asked) -> None:
     """Refuse a model of a family that transformers does not know, weights that are not those of config.json, and a
     damaged tokenizer."""
-    from shoal.models.looks import refuse_config, refuse_tokenizer, refuse_weights
+    from shoal.models.looks import chat_template, refuse_config, refuse_tokenizer, refuse_weights
 
     config, folder = asked.described
     if asked.recipe.model.startswith(DEMO_PREFIX):
@@ -344,6 +344,7 @@ def _checkpoint(asked: Asked) -> None:
     if folder is not None:
         tensors = (item for shard in asked.shards for item in shard.tensors.items())
         refuse_weights(folder, config, {name: tensor.shape for name, tensor in tensors})
+        chat_template(folder)
     if asked.plain is not None and (asked.measures or asked.verb in (*TRAIN, *SCORE)):
         refuse_tokenizer(asked.plain)
 
@@ -370,9 +371,6 @@ def _place(asked: Asked) -> None:
     if name.startswith(DEMO_PREFIX) and not (cache_dir() / name.removeprefix(DEMO_PREFIX) / "config.json").is_file():
         require_folder(cache_dir(), setting="SHOAL_CACHE")
     require_folder(folder)
-    for path, kind, verbs in ((folder / "report.html", "folder", ("report", "run")), (folder / "eval", "file", SCORE)):
-        if asked.verb in verbs and path.exists() and path.is_dir() == (kind == "folder"):
-            raise UserError(f"{path}: a {kind} with this name exists; remove it, or set run_dir to another folder")
     refuse_no_lock(folder / LOCK)
     student, home = folder / "student", asked.described[1]
     if asked.verb in CUT and home is not None and home.resolve().is_relative_to(student.resolve()):

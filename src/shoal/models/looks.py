@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shoal.atomic_files import read_text
 from shoal.errors import UserError
 from shoal.installed import names, source
 from shoal.models import checkpoint_files as files
@@ -111,5 +112,5 @@ def chat_template(folder: Path) -> str | None:
     file, others = folder / "chat_template.jinja", [*folder.glob("*template*")]
     said = files.json_or_empty(folder / "tokenizer_config.json").get("chat_template") or ""
     if file.is_file() and not said and others == [file]:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     return said if isinstance(said, str) and not others else None
