@@ -170,6 +170,10 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
         with contextlib.suppress(OSError):  # a full disk, where that is what is wrong
             print(f"shoal: error: {printable(shortened(redacted(str(error))))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except MemoryError as error:
+        log.debug("error raised here:", exc_info=error)
+        print("shoal: error: this process may take no more memory; raise its limit (`ulimit -v`)", file=sys.stderr)
+        return EXIT_USER_ERROR
     except RuntimeError as error:
         if not any(words in str(error) for words in PEER_IS_GONE):
             raise

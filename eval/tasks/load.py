@@ -228,10 +228,13 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         raise
     except Exception as error:  # data sets, task code and lm-eval raise a dozen unrelated types here
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(
-            f"eval.tasks: {name!r} cannot be loaded ({reason}). Its data may need the Hugging Face Hub: check the "
-            "network or the paths in its task file, or choose from shoal's own tasks, which need neither"
-        ) from error
+        remedy = (
+            "Its data may need the Hugging Face Hub: check the network or the paths in its task file, or choose from "
+            "shoal's own tasks, which need neither"
+        )
+        if isinstance(error, LookupError):
+            remedy = "Its task file names a split, a metric, a column or a choice that is not there; correct it"
+        raise UserError(f"eval.tasks: {name!r} cannot be loaded ({reason}). {remedy}") from error
     for member, task in tasks.items():  # all items are checked where they are scored
         docs = islice(enumerate(task.eval_docs), CHECKED_ITEMS)
         check_answers(member, task, [{"doc_id": n, "doc": doc, "target": task.doc_to_target(doc)} for n, doc in docs])

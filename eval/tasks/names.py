@@ -52,6 +52,8 @@ def refuse_unknown(
     for file in (file for folder in folders[2:] for file in sorted(folder.rglob("*.yaml"))):
         if any(name in read_text(file) for name in names):
             _refuse_task_file(file)
+            if taken := next((name for name in TASKS.findall(read_text(file)) if name in described), None):
+                raise UserError(f"{file}: task: {taken!r} is a task of shoal's, which would be scored; rename yours")
     for name in names:
         if name not in described and name not in tags and name not in _defined(folders):
             raise unknown(name, folders, setting)

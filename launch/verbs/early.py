@@ -28,7 +28,7 @@ from shoal.formatting import bytes_text
 from shoal.inference.vllm import check_vllm
 from shoal.model_names import DEMO_PREFIX, name_of_model, refuse_no_model, refuse_revision
 from shoal.models import checkpoint_files as files
-from shoal.ranks import NO_GPU, may_have_devices, no_gpu, refuse_crowd
+from shoal.ranks import NO_GPU, may_have_devices, no_gpu, refuse_crowd, refuse_no_address
 from shoal.recipe.distill import Live, Recorded
 from shoal.recipe.evaluate import NO_TEMPLATE
 from shoal.recipe.losses import HiddenStates
@@ -213,7 +213,13 @@ def _files(asked: Asked) -> None:
         raise student_missing(asked.folder)
     for name, is_there in models.items():
         if is_there and asked.verb in ("distill", *SCORE):
-            files.check_checkpoint(asked.folder / name)
+            try:
+                files.check_checkpoint(asked.folder / name)
+            except UserError as error:
+                again = "prune" if name == "student" else "distill"
+                raise UserError(
+                    f"{error}. shoal has made it: delete {asked.folder / name} and run `shoal {again}` again"
+                ) from error
 
 
 def require_student_of(plan: Plan, run_dir: Path) -> None:
@@ -423,6 +429,7 @@ class Look(NamedTuple):
 
 
 LOOKS = (
+    Look(lambda _: refuse_no_address(), LOAD, once=False),
     Look(lambda asked: read_run(asked.folder), ("report",)),
     Look(_push, ("push",), once=False),
     Look(_model_name, (*LOAD, "push"), once=False),

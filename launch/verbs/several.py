@@ -47,6 +47,9 @@ def compare(asked: argparse.Namespace) -> Any:
             f"compare: {listed(asked.words)}: pass at least one run directory; its evaluation settings are used "
             "for the checkpoints. To get one, run `shoal eval` with a recipe"
         )
+    models = [Path(name).expanduser().resolve() for name in asked.words if names_model(name)]
+    if twice := next((model for model in models if models.count(model) > 1), None):
+        raise UserError(f"compare: {twice.name} is given twice; give every model once")
     if len(runs) < len(folders):
         read_scored(runs[0])
         if len(runs) > 1:

@@ -61,6 +61,16 @@ def _place() -> tuple[int, int, int]:
     )
 
 
+def refuse_no_address() -> None:
+    """Refuse to be one of several ranks that are not told where they meet."""
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size() > 1 and missing:
+        raise UserError(
+            f"{missing[0]}: is not set, but WORLD_SIZE={world_size()} says that ranks meet there; "
+            f"`unset {' '.join(LAUNCHED)}`, or use deepspeed or torchrun"
+        )
+
+
 def allowed_cores() -> int:
     """Cores that this process may use, those that share a physical one too."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -408,3 +408,17 @@ def test_no_refusal_holds_a_secret(
     assert "shoal: error: " in said
     assert "opensesame" not in said
     assert "(hidden)" in said
+
+
+def test_a_process_that_may_take_no_more_memory_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "_told", full)
+    with pytest.raises(SystemExit, match="2"):
+        main(["list"])
+    assert (
+        capsys.readouterr().err == "shoal: error: this process may take no more memory; raise its limit (`ulimit -v`)\n"
+    )

@@ -54,6 +54,13 @@ def test_what_shoal_does_itself_is_told_to_transformers_only_afterwards(tmp_path
     assert (told, args.torch_compile, args.use_liger_kernel) == ([False], True, False)
 
 
+def test_what_another_launcher_has_left_does_not_set_the_precision(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    args = training_arguments(Distill(precision="float32"), None, output_dir=tmp_path, seed=0)
+    assert (args.mixed_precision, args.deepspeed_plugin) == ("no", None)
+
+
 @pytest.mark.parametrize(("values", "message"), CASES["values"])
 def test_a_value_that_is_none_is_refused_before_anything_is_built(values, message):
     with pytest.raises(UserError, match=message):

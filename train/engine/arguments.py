@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -87,6 +88,10 @@ def training_arguments(
     own = {name: values.pop(name) for name in trainer_arguments.OURS if name in values}
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     values.pop("save_total_limit", None)
+    # what another launcher has left would count for more than the settings
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    if deepspeed is None:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     try:
         args = DistillationConfig(
             output_dir=str(output_dir),

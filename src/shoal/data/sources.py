@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -142,7 +143,8 @@ def documents_in(rows: Iterable[tuple[str, Any]], source: DataSource) -> Iterato
     Raises:
         UserError: a row without the column that ``source`` names, or with something else in it.
     """
-    for number, (where, row) in enumerate(rows):
+    of_files = itertools.groupby(rows, itemgetter(0))
+    for where, number, row in ((where, number, row) for where, own in of_files for number, (_, row) in enumerate(own)):
         place = f"{where!r} row {number}"
         if isinstance(source.column, Messages | PromptCompletion):
             yield chat_of(row, source.column, place)
@@ -177,6 +179,9 @@ def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
         remedy = "fix the file, or remove it" if is_here else _known_sources(source.path)
         if isinstance(error, PermissionError):
             remedy = "change who may read it, or remove it"
+        other, own = getattr(error, "filename", None), Path(source.path).expanduser().resolve()
+        if is_here and other is not None and not Path(other).resolve().is_relative_to(own):
+            remedy = "the file is not the cause; set HF_HOME and HF_DATASETS_CACHE to folders that you may write to"
         raise UserError(f"data {source.path!r}: cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
 
 

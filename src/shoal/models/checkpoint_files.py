@@ -173,10 +173,21 @@ def check_checkpoint(folder: Path) -> None:
     check_config(folder)
     for name in ("tokenizer_config.json", "special_tokens_map.json", WRITING):
         json_or_empty(folder / name)
-    shapes = [(name, tensor.shape) for shard in read_shards(folder) for name, tensor in shard.tensors.items()]
+    refuse_more_layers(folder, shards := read_shards(folder))
+    shapes = [(name, tensor.shape) for shard in shards for name, tensor in shard.tensors.items()]
     widths = {shape[-1] for name, shape in shapes if len(shape) == 1 or (shape and ("emb" in name or "wte" in name))}
     if widths and text_part(json_or_empty(folder / "config.json")).get("hidden_size") not in {*widths, None}:
         raise UserError(f"{folder}: {WRONG_SHAPES}")
+
+
+def refuse_more_layers(folder: Path, shards: Iterable[Shard]) -> None:
+    """Refuse weights of more decoder layers than config.json counts, but for those of multi-token prediction."""
+    config = text_part(json_or_empty(folder / "config.json"))
+    told, names = config.get("num_hidden_layers"), [name for shard in shards for name in shard.tensors]
+    layers = {int(found[1]) for name in names if (found := re.match(r"model\.layers\.(\d+)\.self_attn\.", name))}
+    if type(told) is int and max(layers, default=-1) >= told and not re.search("nextn|mtp", f"{[*config]}"):
+        problem = f"num_hidden_layers: {told}, but the weights have {max(layers) + 1} layers"
+        raise UserError(f"{folder}: config.json has {problem}; correct it, or {DOWNLOAD_AGAIN}")
 
 
 def by_layer(shards: Iterable[Shard], num_layers: int, amount: Callable[[StoredTensor], int]) -> list[int]:

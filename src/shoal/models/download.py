@@ -33,6 +33,10 @@ NOT_DOWNLOADED: dict[type[Exception] | tuple[type[Exception], ...], str] = {
 }
 """What huggingface_hub raises -> what it means, the most special first."""
 
+HUB = (errors.HFValidationError, errors.HTTPError, errors.RevisionResolutionError)  # pyright: ignore[reportPrivateImportUsage]
+FAILURES = (*NO_ANSWER, *HUB, OSError, ImportError)
+"""What it raises; ImportError for a proxy whose package is missing."""
+
 
 def config_of(name: str, revision: str | None, *, with_weights: bool = True) -> tuple[dict[str, Any], Path | None]:
     """config.json of model ``name``, and the folder in which it lies; None of a demo model, or on the Hub.
@@ -47,6 +51,11 @@ def config_of(name: str, revision: str | None, *, with_weights: bool = True) -> 
     folder = Path(name).expanduser()
     if not (is_here := folder.exists()):
         folder = download(name, revision, patterns=CONFIGS)
+        if not any((folder / file).is_file() for file in CONFIGS):
+            raise UserError(
+                f"model {name!r}: {folder} has no config.json; give a model for transformers, or where its download "
+                "was cut short, remove that folder and download it again with a network, without HF_HUB_OFFLINE"
+            )
     check_checkpoint(folder) if is_here and with_weights else check_config(folder)
     return json_or_empty(folder / "config.json"), folder if is_here else None
 
@@ -64,7 +73,7 @@ def download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECK
             return Path(
                 snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted)
             )
-    except (errors.HFValidationError, OSError, errors.HTTPError, errors.RevisionResolutionError, *NO_ANSWER) as error:  # pyright: ignore[reportPrivateImportUsage]
+    except FAILURES as error:
         meaning = next(words for kind, words in NOT_DOWNLOADED.items() if isinstance(error, kind))
         reason = repr(error) if isinstance(error, NO_ANSWER) else str(error).strip().splitlines()[0]
         raise UserError(f"model {name!r}: {meaning.format(reason)}") from error

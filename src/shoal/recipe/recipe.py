@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from yaml import YAMLError
 
 from shoal.errors import UserError
@@ -37,6 +37,12 @@ REPO = r"^[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*/[A-Za-z0-9_]+([-.][A-Za-z0-9_]+)*$"
 log = logging.getLogger(__name__)
 
 
+def _no_mark(project: str) -> str:
+    if marks := [letter for letter in project if letter in r"/\#?%:"]:
+        raise ValueError(f"holds {marks[0]}, which W&B takes in no name; leave it out")
+    return project
+
+
 @dataclass(frozen=True)
 class Track(Section):
     """Tracking of curves, scores, figures and reports with Weights & Biases. The W&B run has the name of the run
@@ -44,7 +50,7 @@ class Track(Section):
 
     wandb: Literal["online", "offline", "off"] | None = None
     """Mode of W&B. Default: online if you are logged in, offline after WANDB_MODE=offline, else off."""
-    project: Text = "shoal"
+    project: Annotated[Text, AfterValidator(_no_mark)] = "shoal"
     """W&B project."""
     tags: tuple[str, ...] = ()
     """Tags of the W&B run."""
@@ -141,6 +147,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
+    if file.suffix in (".html", ".md"):
+        raise UserError(f"{file}: is a page, not a recipe; name a recipe, a run directory or a model's folder")
     try:
         raw = read_yaml(file.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:

@@ -105,7 +105,13 @@ def refuse_misplaced(run_dir: Path) -> None:
 
 
 def remember(run_dir: Path, memory: str) -> None:
-    """Keep ``memory``, a text of memory_of, as its recipe.yaml.
+    """Keep ``memory``, a text of memory_of, as its recipe.yaml. Raises as _is_kept does."""
+    if not _is_kept(run_dir, memory):
+        write_text(run_dir / FILE, memory)
+
+
+def _is_kept(run_dir: Path, memory: str) -> bool:
+    """Whether its recipe.yaml says ``memory``.
 
     Raises:
         UserError: a recipe.yaml is there that somebody else has written, and says something else.
@@ -113,13 +119,13 @@ def remember(run_dir: Path, memory: str) -> None:
     stored = memory_in(run_dir)
     is_own = stored is not None and _OURS.match(stored) is None
     if stored is not None and redacted(_said(stored)) == _said(memory) and (is_own or _is_signed(stored)):
-        return
+        return True
     if is_own:
         raise UserError(
             f"{run_dir / FILE}: your own recipe is at the place where shoal stores the settings of a run, and they "
             "differ; move it to another folder, or choose another run_dir"
         )
-    write_text(run_dir / FILE, memory)
+    return False
 
 
 @contextmanager
@@ -134,6 +140,7 @@ def remembering(run_dir: Path, said: dict[str, Any]) -> Iterator[str | None]:
         yield None
         return
     memory, before, there = memory_of(redacted(said)), memory_in(run_dir), _names(run_dir)
+    _is_kept(run_dir, memory)
     try:
         yield memory
     except UserError:
