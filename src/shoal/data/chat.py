@@ -123,7 +123,15 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
             raise UserError(f"data {where}: a turn in {column!r} {problem}; every turn needs a role and a content")
         if not isinstance(content := turn.get("content"), str | list | None):
             raise UserError(f"data {where}: the content of a turn in {column!r} is {type(content).__name__}, not text")
-    return [dict(turn) for turn in value]
+    return [{**turn, **({"content": _joined(turn["content"])} if "content" in turn else {})} for turn in value]
+
+
+def _joined(content: Any) -> Any:
+    """Parts that are all text as one text: templates of text models would write the list itself."""
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    are_texts = parts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if are_texts else content
 
 
 def check_template(template: Any, name: str, *, is_fast: bool = True, first: Chat | None = None) -> None:

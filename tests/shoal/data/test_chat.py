@@ -12,7 +12,7 @@ from cases import cases
 from packed_rows import labels_of
 from tiny import tiny_tokenizer
 
-from shoal.data.chat import Chat, tokenised
+from shoal.data.chat import Chat, chat_of, tokenised
 from shoal.data.sources import sources_fingerprint
 from shoal.data.streams import check_source, pack
 from shoal.errors import UserError
@@ -70,6 +70,14 @@ def test_tool_calls_and_their_results_pass_through_the_template() -> None:
     assert first.endswith("</tool_call><|im_end|>")
     assert '"name": "add"' in first
     assert second == "It is 4.<|im_end|>"
+
+
+def test_parts_of_text_are_one_text() -> None:
+    """Templates of text models would write the list as Python does."""
+    parts = [{"type": "text", "text": "It is"}, {"type": "text", "text": " 4."}]
+    chat = chat_of({"m": [QUESTION, {**ANSWER, "content": parts}]}, M, "'x' row 0")
+    assert chat is not None
+    assert chat.messages == [QUESTION, ANSWER]
 
 
 def test_what_follows_the_last_answer_is_cut_off() -> None:
