@@ -47,6 +47,16 @@ def test_bundled_source_is_the_same_every_time(name: str) -> None:
     assert texts == BUNDLED[name]()
 
 
+def test_a_cache_that_cannot_be_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def cached(_: Path) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/x")
+
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    monkeypatch.setattr(sources, "_file_rows", cached)
+    with pytest.raises(UserError, match="the file is not the cause; set HF_HOME and HF_DATASETS_CACHE"):
+        load_texts(DataSource(str(tmp_path / "a.jsonl")))
+
+
 def test_text_that_takes_seconds_to_make_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
     made = []
