@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
+import jinja2
 import lm_eval.tasks
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
@@ -232,7 +233,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
             "Its data may need the Hugging Face Hub: check the network or the paths in its task file, or choose from "
             "shoal's own tasks, which need neither"
         )
-        if isinstance(error, LookupError):
+        if isinstance(error, LookupError | jinja2.UndefinedError):
             remedy = "Its task file names a split, a metric, a column or a choice that is not there; correct it"
         raise UserError(f"eval.tasks: {name!r} cannot be loaded ({reason}). {remedy}") from error
     for member, task in tasks.items():  # all items are checked where they are scored

@@ -128,10 +128,10 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
 
 def _joined(content: Any) -> Any:
     """Parts that are all text as one text: templates of text models would write the list itself."""
-    parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    are_texts = parts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
-    return "".join(texts) if are_texts else content
+    parts: list[Any] = content if isinstance(content, list) else []
+    texts: list[Any] = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    are_all = parts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if are_all else content
 
 
 def check_template(template: Any, name: str, *, is_fast: bool = True, first: Chat | None = None) -> None:
