@@ -37,5 +37,5 @@ def _end_without_traceback() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-if sys.argv[:1] == ["-m"] and {f"{__name__}.cli", f"{__name__}.upgrade"}.intersection(sys.orig_argv):
+if sys.argv[:1] == ["-m"] and f"{__name__}.cli" in sys.orig_argv:
     _end_without_traceback()  # Python imports this folder before the module that it was told to run

@@ -29,7 +29,7 @@ from shoal.inference.vllm import check_vllm
 from shoal.model_names import DEMO_PREFIX, name_of_model, refuse_no_model, refuse_revision
 from shoal.models import checkpoint_files as files
 from shoal.ranks import NO_GPU, may_have_devices, no_gpu, refuse_crowd, refuse_no_address
-from shoal.recipe.distill import Live, Recorded
+from shoal.recipe.distill import Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import NO_TEMPLATE
 from shoal.recipe.losses import HiddenStates
 from shoal.recipe.measure import METRICS, no_metric, not_measured
@@ -279,7 +279,7 @@ def _data(asked: Asked) -> None:
             first = [each for each in looked if each is not None]
             if not first and all(each is None for each in read):
                 raise nothing_in(opened(source))
-            if first and isinstance(first[0], Chat) and source.generate is None:
+            if first and isinstance(first[0], Chat) and not (isinstance(source, TrainingSource) and source.generate):
                 _conversations(asked, opened(source), first, is_all=len(looked) < FIRST_DOCUMENTS)
 
 

@@ -184,7 +184,7 @@ def takes(monkeypatch: pytest.MonkeyPatch, minutes: float) -> None:
     def seconds(run: Run) -> float:
         limits = run.recipe.eval.limit
         assert isinstance(limits, dict)
-        return 30 * minutes * (run.recipe.distill.num_tokens / 81_920 + (limits["default"] or 0) / 100)
+        return 30 * minutes * (run.recipe.distill.budget / 81_920 + (limits["default"] or 0) / 100)
 
     monkeypatch.setattr(pace, "run_seconds", seconds)
 

@@ -142,7 +142,6 @@ def test_a_fork_that_was_killed_while_it_waited_has_its_signal_for_an_exit_code(
     "words",
     [
         ["-m", "shoal.launch.cli", "list"],
-        ["-m", "shoal.launch.upgrade", "x"],
         ["-c", "from shoal.launch import main; main(['list'])"],
         *([str(ROOT / "launch" / f"{name}.py")] for name in ("distill", "eval", "measure", "record")),
     ],

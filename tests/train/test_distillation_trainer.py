@@ -189,7 +189,8 @@ def on_rank(rank: int, ranks: int, folder: str, port: int, stage: int | None) ->
     from shoal.train.engine.sharding import join_deepspeed
 
     if stage is None:  # under DETAIL torch 2.13.0 ends any DistributedDataParallel on a CPU with a segmentation fault
-        torch.distributed.set_debug_level(torch.distributed.DebugLevel.OFF)
+        c10d: Any = torch.distributed
+        c10d.set_debug_level(c10d.DebugLevel.OFF)
     set_up_distributed(300)
     settings: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 3, "losses": ForwardKL()}
     if stage is not None:

@@ -60,8 +60,8 @@ def test_what_contradicts_itself_is_refused(settings: dict[str, Any], message: s
 
 
 def test_what_transformers_may_take_passes() -> None:
-    for settings in ({"deepspeed": {"train_batch_size": 8}}, {"deepspeed": {"optimizer": {"type": "NAdam"}}}):
-        refuse_training(Distill(**settings), ranks=2)
+    for settings in ({"train_batch_size": 8}, {"optimizer": {"type": "NAdam"}}):
+        refuse_training(Distill(deepspeed=settings), ranks=2)
     refuse_training(Distill(deepspeed={"train_batch_size": 7}), ranks=None)
     refuse_training(Distill(trainer={"lr_scheduler_kwargs": {"num_cycles": 1}}), ranks=2)
 
