@@ -61,11 +61,11 @@ def evaluate(
         >>> scores = shoal.evaluate(model, tokenizer, ["retrieval_continuation"], limit=10)
         >>> scores.to_pandas()[["task", "score", "ci_low", "ci_high"]]
     """
-    model = as_model(model)
     given: dict[str, Any] = {"tasks": tasks, "limit": limit, "perplexity_tokens": 0, **settings}
     taken = ("tasks", "limit", *EvalSettings.__annotations__)
     section: Eval = of_arguments("eval", given, taken=taken, source="shoal.evaluate", seed=seed)
     refuse_unknown(section.tasks, section.include_path)
+    model = as_model(model)  # only now, since a large one takes minutes to load
     seed = int(seed)  # a number of numpy's is no JSON
     inputs = identity_of(model, seed=seed) | {"tasks": tasks_fingerprint(section.tasks, section.include_path)}
     inputs |= shaping(section, Shapes.SCORES, "eval.")

@@ -159,7 +159,7 @@ def push_to_hub(
     *,
     plan: Plan | None = None,
     training: Training | None = None,
-    scores: Sequence[Scores] = (),
+    scores: Scores | Sequence[Scores] = (),
     private: bool = True,
     **hub: Any,
 ) -> str:
@@ -192,6 +192,7 @@ def push_to_hub(
         raise UserError(
             f"shoal.push_to_hub: plan: keeps {len(plan.keep)} layers, and the model has {kept}; pass its own"
         )
+    scores = [scores] if isinstance(scores, Scores) else scores
     if len({one.role for one in scores}) < len(scores):
         raise UserError("shoal.push_to_hub: scores: two have the same role; set one in evaluate, such as role='pruned'")
     healing = {} if training is None else {"losses": training.provenance.inputs["distill.losses"]}

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Unpack
 
+from torch import enable_grad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
@@ -159,7 +160,8 @@ def _in_float32(student: PreTrainedModel) -> Iterator[None]:
     for parameter in dtypes:
         parameter.data = parameter.data.float()
     try:
-        yield
+        with enable_grad():  # whatever the caller has switched off
+            yield
     finally:
         remove_adapters(student)
         for parameter, dtype in dtypes.items():

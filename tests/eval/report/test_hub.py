@@ -226,7 +226,7 @@ def test_a_model_in_memory_arrives_with_a_card_of_its_results(hub: Hub, monkeypa
     with pytest.raises(UserError, match=r"scores: two have the same role"):
         shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=[scores[0], scores[0]])
     with pytest.raises(UserError, match=r"commit_massage: huggingface_hub's create_repo"):
-        shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=scores, commit_massage="x")
+        shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=scores[0], commit_massage="x")
     assert not hub.created
     url = shoal.push_to_hub(student, tokenizer, REPO, plan=plan, scores=scores, endpoint=hub.url)
     assert url == f"{hub.url}/{REPO}"

@@ -262,7 +262,8 @@ def test_a_cut_may_change_layers_that_stay() -> None:
     assert (config.num_hidden_layers, config.num_key_value_heads, config.shoal_kept_layers) == (4, 1, [0, 1, 4, 5])
     assert student(torch.arange(9)[None]).logits.isfinite().all()
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    shoal.distill(student, model, TEXTS, tokenizer=tiny_tokenizer(), trainer={"max_steps": 1}, sequence_length=64)
+    with torch.no_grad():  # a caller's, which training does not follow
+        shoal.distill(student, model, TEXTS, tokenizer=tiny_tokenizer(), trainer={"max_steps": 1}, sequence_length=64)
 
 
 def test_models_tokenizers_and_data_may_be_named(teacher: Path, docs: list[str]) -> None:
