@@ -51,7 +51,7 @@ def _place() -> tuple[int, int, int]:
         return 0, 0, 1
     there = [int(value) if value.isdecimal() else -1 for value in said.values()]
     if not ((port := os.environ.get("MASTER_PORT", "0")).isdecimal() and int(port) < 2**16):
-        raise UserError(f"MASTER_PORT={port}: is no port; choose another port with --master_port")
+        raise UserError(f"MASTER_PORT={port}: must be a port number; choose one with --master_port")
     if len(there) == len(LAUNCHED) and min(there) >= 0 and max(there[:2]) < there[2]:
         return there[0], there[1], there[2]
     told = " ".join(f"{name}={value}" for name, value in said.items())
@@ -66,7 +66,7 @@ def refuse_no_address() -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size() > 1 and missing:
         raise UserError(
-            f"{missing[0]}: is not set, but WORLD_SIZE={world_size()} says that ranks meet there; "
+            f"{missing[0]}: is not set, and WORLD_SIZE={world_size()} ranks need it; "
             f"`unset {' '.join(LAUNCHED)}`, or use deepspeed or torchrun"
         )
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from forked import Command, as_command
 from torch.multiprocessing.spawn import start_processes
 
-from shoal.ranks import free_port
+from shoal.ranks import LAUNCHED, free_port
 from shoal.stopping import _alive
 
 PRELOADED = [
@@ -54,8 +54,9 @@ def as_rank(rank: int, world_size: int) -> dict[str, str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, for ranks that share its processors."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
+    """This process's, for ranks that share its processors; without what would make each of them a rank of this one."""
+    here = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    return {**here, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
 
 
 def call_on_ranks(function: Callable[..., None], *arguments: object, ranks: int) -> None:

@@ -173,7 +173,7 @@ def test_only_right_answers_are_kept_where_that_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([{"type": "text", "text": "4"}], "the last assistant turn is not a text .*generate.keep: all"),
+        ([{"type": "text", "text": 4}], "the last assistant turn is not a text .*generate.keep: all"),
         (4, "the content of a turn in 'messages' is int, not text"),
     ],
 )
@@ -183,7 +183,7 @@ def test_an_answer_that_is_no_text_is_refused_before_anything_is_written(tmp_pat
     (tmp_path / "rows").mkdir()
     for number, row in enumerate(rows):  # a column of one file has values of one kind
         (tmp_path / f"rows/{number}.jsonl").write_text(json.dumps(row))
-    with pytest.raises(UserError, match=rf"rows/1\.jsonl' row 1: {message}"):
+    with pytest.raises(UserError, match=rf"rows/1\.jsonl' row 0: {message}"):
         write(tmp_path / "run", Generate(**BRIEF, keep="correct"), unexpected, path=str(tmp_path / "rows"))
 
 
