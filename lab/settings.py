@@ -54,9 +54,9 @@ class Sweeps(Section):
     """What is taken out of the intact model, one unit at a time, or put in."""
 
     operators: Annotated[tuple[Operator, ...], Field(min_length=1)]
-    """What to remove or replace. head, kv_group: every query head or key-value group; cumulative: ever more layers, by
-    ``order``; donor: every layer as ``donor`` has it; skip_prompt, skip_written: what a layer writes before the answer,
-    or from there on."""
+    """Changes of the intact model, each tried alone. Of these: head, kv_group (every query head or key-value group),
+    cumulative (ever more layers, by ``order``), donor (every layer as ``donor`` has it), skip_prompt and skip_written
+    (a layer's output before the answer, or from there on)."""
     order: tuple[int, ...] | str = "block_influence"
     """Layers that cumulative removals go through, or the column of importance.json by which they go through all."""
     max_removed: Positive | None = None
