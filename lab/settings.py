@@ -54,7 +54,7 @@ class Sweeps(Section):
     """What is taken out of the intact model, one unit at a time, or put in."""
 
     operators: Annotated[tuple[Operator, ...], Field(min_length=1)]
-    """Changes of the intact model, each tried alone. Of these: head, kv_group (every query head or key-value group),
+    """Changes of the teacher, each tried alone. Of these: head, kv_group (every query head or key-value group),
     cumulative (ever more layers, by ``order``), donor (every layer as ``donor`` has it), skip_prompt and skip_written
     (a layer's output before the answer, or from there on)."""
     order: tuple[int, ...] | str = "block_influence"

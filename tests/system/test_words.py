@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import shoal.lab.settings  # noqa: F401  # so that its keys are among those of a recipe
+import shoal.lab.sweeps  # noqa: F401  # so that its keys are among those of a recipe
 from shoal.launch.arguments import VERBS
 from shoal.launch.help.explain import first_sentence, meaning, places
 from shoal.recipe.gone import GONE
