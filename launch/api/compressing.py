@@ -33,7 +33,16 @@ from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers, require_positions
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.in_memory import WEIGHTS, Model, as_model, identity_of, left_as_it_was, require_tokenizer, weights_of
+from shoal.models.in_memory import (
+    WEIGHTS,
+    Model,
+    as_model,
+    has_weights,
+    identity_of,
+    left_as_it_was,
+    require_tokenizer,
+    weights_of,
+)
 from shoal.models.load import load_model, without_data
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure, Sweeps, num_removals, scored_by
@@ -247,7 +256,7 @@ def _made_for(plan: Plan, model: PreTrainedModel) -> bool:
     """Whether ``plan`` is one for these weights, wherever they were loaded from, as far as both tell."""
     (name, weights), folder = map(plan.provenance.inputs.get, ("model", WEIGHTS)), Path(model.config.name_or_path or "")
     if weights is not None:
-        return weights == weights_of(model)
+        return has_weights(model, weights)
     return name is None or not (folder / "config.json").is_file() or name == model_fingerprint(folder)
 
 

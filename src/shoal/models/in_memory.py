@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
 from shoal.model_names import DEMO_PREFIX, refuse_revision
@@ -148,13 +147,24 @@ def identity_of(model: PreTrainedModel, *, seed: int) -> dict[str, Any]:
     return {"model": name_of(model), "dtype": str(model.dtype).removeprefix("torch."), "seed": seed}
 
 
-def weights_of(model: PreTrainedModel) -> str:
-    """A hash that tells ``model`` from others, in whichever precision it was loaded: of the shape of its embeddings and
-    the largest number in some of their rows."""
+def weights_of(model: PreTrainedModel) -> tuple[list[int], list[float]]:
+    """What tells ``model`` from others: the shape of its embeddings, and the largest number in some of their rows, none
+    if they are not here."""
     weight: Any = model.get_input_embeddings().weight
     some = weight.detach()[:: max(1, len(weight) // 64)]
     is_here = not weight.is_meta and weight.numel()
-    return fingerprint([list(weight.shape), some.abs().amax(dim=-1).to(torch.bfloat16).tolist() if is_here else None])
+    return [*weight.shape], some.abs().amax(dim=-1).to(torch.bfloat16).tolist() if is_here else []
+
+
+def has_weights(model: PreTrainedModel, known: tuple[list[int], list[float]]) -> bool:
+    """Whether ``known``, of weights_of, may be of this model, in whichever precision either was loaded.
+
+    Of numbers that were rounded to float16 and then to bfloat16, one in sixteen has another last bit than if it was
+    rounded once.
+    """
+    (shape, numbers), (own_shape, own) = known, weights_of(model)
+    same = sum(number == other for number, other in zip(numbers, own, strict=False))
+    return list(shape) == own_shape and same >= 0.75 * min(len(numbers), len(own))
 
 
 def name_of(model: PreTrainedModel) -> str:

@@ -184,11 +184,9 @@ def _unequal(first: object, second: object, fields: Sequence[str], *, of: str = 
 @lru_cache(maxsize=4096)
 def mcnemar(won: int, lost: int) -> float:
     """Exact two-sided p-value that wins and losses are equally likely (binomial test over the discordant items)."""
-    n, fewer, ways, term = won + lost, min(won, lost), 1, 1
-    for right in range(fewer):
-        term = term * (n - right) // (right + 1)
-        ways += term
-    return min(1.0, 2 * ways / 2**n)
+    from scipy import special  # as long to load as all that a comparison needs of shoal
+
+    return min(1.0, 2 * float(special.bdtr(min(won, lost), won + lost, 0.5)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -366,14 +366,17 @@ def test_what_cannot_work_is_refused(call: Any, message: str) -> None:
 def test_a_plan_is_for_the_weights_that_it_was_made_of_wherever_they_lie(tmp_path: Path) -> None:
     teacher = tiny_model("llama")
     teacher.save_pretrained(tmp_path / "copy")
-    copy: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype=torch.bfloat16)
+    copies: list[Any] = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
     other = tiny_model("llama", seed=1)
     other.config.name_or_path = str(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
     inputs = {"model": model_fingerprint(tmp_path / "copy")}
     of_a_run = Plan(Provenance(inputs, model="a/teacher"), 6, (2,), "")
     for plan, name in ((shoal.choose_layers(measured(teacher, tiny_tokenizer()), 1), "llama"), (of_a_run, "a/teacher")):
-        assert shoal.cut_model(copy, plan).config.num_hidden_layers == 5
+        assert [shoal.cut_model(copy, plan).config.num_hidden_layers for copy in copies] == [5, 5]
         with pytest.raises(
             shoal.UserError, match=f"drop: the plan is for {name}, and this model has other weights; make"
         ):
