@@ -41,6 +41,9 @@ LISTED = re.compile(rf"""(?:^[ \t]*-[ \t]|^|,)[ \t]*["']?((?![#-]){NAME})""", fl
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 """What a task file of lm-eval can ask for."""
 TASKS = re.compile(r"^task:[ \t]*[\"']?([\w./-]+)", flags=re.MULTILINE)
+OTHERS = re.compile(r"^(?:dataset|model):", flags=re.MULTILINE)
+"""Beginnings of lines of recipes and of descriptions of data sets: neither is a task file, and what a description asks
+is compared by itself."""
 
 
 def refuse_unknown(
@@ -213,6 +216,7 @@ def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> 
         sources.append(Path(str(resources.files("shoal.abilities"))))
     files = [file for source in sources for file in sorted(source.rglob("*")) if file.suffix in (".yaml", ".py")]
     texts = [[file.name, file.read_text(encoding="utf-8", errors="replace")] for file in files]
+    texts = [own for own in texts if own[0].endswith(".py") or not OTHERS.search(own[1])]
     rows = sorted({Path(name) for _, text in texts for named in ROWS.findall(text) for name in glob(named)})
     known = [[str(path), known_hash(path)] for path in rows if path.is_file()]
     asked = [asdict(data) | {"about": ""} for data in data_sets.values()]

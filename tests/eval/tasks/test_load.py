@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -118,7 +119,14 @@ def test_tasks_are_identified_by_what_shapes_their_items_and_by_nothing_else(tmp
     assert identity("knowledge_generation", folder=empty) == knowledge
     assert identity("knowledge_generation", folder=tmp_path / "nowhere") == knowledge
     assert identity("knowledge_generation", folder=with_same) != knowledge
-    assert identity("own", folder=with_other) != identity("own", folder=empty)
+    assert identity("own", folder=with_other) != (own := identity("own", folder=empty))
+    (empty / "recipe.yaml").write_text("model: mine\n")
+    described = text.replace("dataset: knowledge", "dataset: mine")
+    (empty / "sets.yaml").write_text(described)
+    assert identity("knowledge_generation", folder=empty) == knowledge, "neither is a recipe beside them"
+    assert own != (own := identity("own", folder=empty))
+    (empty / "sets.yaml").write_text(re.sub("(?m)^about: .*", "about: in other words", described))
+    assert own == identity("own", folder=empty)
 
 
 @pytest.fixture
