@@ -188,6 +188,7 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
 ) -> None:
     launcher = Launcher(2)
     monkeypatch.setattr(launch, "run_launcher", launcher)
+    monkeypatch.setattr("shoal.ranks.allowed_cores", lambda: 2)
     assert run_verb("distill", recipe, ["num_processes=2"]) == 2
     assert "error" not in capsys.readouterr().err
     (command,) = launcher.commands
@@ -212,6 +213,7 @@ def test_several_ranks_share_every_stage(
 ) -> None:
     launcher = Launcher(0)
     monkeypatch.setattr(launch, "run_launcher", launcher)
+    monkeypatch.setattr("shoal.ranks.allowed_cores", lambda: 2)
     assert run_verb(verb, recipe, ["num_processes=2"]) == (2 if verb == "run" else 0), "the report finds no scores"
     assert [command[command.index("shoal.launch.cli") + 1] for command in launcher.commands] == stages
 
