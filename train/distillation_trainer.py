@@ -52,22 +52,22 @@ class Further(TypedDict, total=False):
     """What else a DistillationTrainer takes by name."""
 
     callbacks: list[TrainerCallback] | None
-    """Callbacks besides the Trainer's own."""
+    """Callbacks, added to the Trainer's own."""
     optimizers: tuple[Optimizer | None, LRScheduler | None]
     """Optimizer and schedule in place of those of ``args``."""
     drop: Drop | None
-    """Layers of the teacher that the student lacks (0-based), or the plan that says so, which losses on states and most
-    choices of ``trainable`` have to know; None = as the student's configuration says, where shoal has cut it."""
+    """Layers of the teacher that were dropped, counted from 0, or a plan. Losses on hidden states need them, and any
+    ``trainable`` except `all` and `layers`. Default: those that shoal stored in the student's configuration."""
 
 
 class DistillationTrainer(ObjectiveTrainer):
-    """Trains ``model`` on ``teacher_model`` by shoal's objective, and takes what TRL's trainer of this name takes.
+    """transformers' Trainer with shoal's losses and the arguments of TRL's trainer of the same name.
 
-    All settings of the work are those of ``args``, DeepSpeed (ZeRO 0 to 3) among them; checkpoints are the Trainer's
-    own, and training goes on from them (`resume_from_checkpoint`). Before ``args`` with ZeRO 3 no model is loaded, so
-    that both are sharded as they load. Documents are packed into rows of ``args.sequence_length`` tokens in which they
-    do not see each other; a batch is so many rows. The curves have every loss term besides the sum, in nats per
-    supervised token. While it does not train or evaluate, ``model`` is an ordinary model.
+    All settings, also those of DeepSpeed (ZeRO 0 to 3), are in ``args``. Checkpoints are those of the Trainer;
+    `resume_from_checkpoint` resumes. For ZeRO 3 create ``args`` first and load both models after them. Documents are
+    packed into rows of ``args.sequence_length`` tokens and isolated from each other. A batch counts rows. The log has
+    the loss and each of its terms, in nats per trained token. Outside training and evaluation, ``model`` is an ordinary
+    model.
 
     Example:
         >>> args = shoal.DistillationConfig("distilled", losses=["forward_kl", "cross_entropy"], max_steps=2)
@@ -86,24 +86,24 @@ class DistillationTrainer(ObjectiveTrainer):
         peft_config: LoraConfig | Lora | None = None,
         **further: Unpack[Further],
     ) -> None:
-        """Freeze what is not trained, put the teacher on the device and pack the data.
+        """Freeze the untrained weights, move the teacher to the device and pack the data.
 
         Args:
-            model: The student, trained in place; one that is named is loaded in float32. Weights in float32, with
-                ``args.bf16`` for the speed: steps of usual size are lost in the rounding of plain bfloat16 weights.
-            teacher_model: The model it was cut from, in any precision, or its name; frozen. None = nothing asks it.
-            args: Settings; for loss and data plain TrainingArguments have the defaults of DistillationConfig.
-            train_dataset: Texts, rows or the name of a data set, see shoal.data.sources.Given, read once per epoch;
-                rows that shoal.data.streams.pack has made are taken in their order.
-            eval_dataset: The same, or several by name; gives `eval_loss`, the objective per learnt token of an
-                evaluation batch, and its mean over these, which is not that over tokens where rows have unequal ones.
-            processing_class: The tokenizer of both models; None = that of the name of ``model``.
-            peft_config: Adapters beside the weights that are trained, which merge_adapters() makes plain weights of.
-            further: What Further lists.
+            model: The student, trained in place. A name loads it in float32. Use float32 weights, and ``args.bf16``
+                for speed: plain bfloat16 weights lose small steps to rounding.
+            teacher_model: The model before pruning, in any precision, or its name. None if no loss needs a teacher.
+            args: Settings. Plain TrainingArguments get DistillationConfig's defaults for losses and data.
+            train_dataset: Texts, rows or the name of a data set, read once per epoch. Rows of shoal.data.streams.pack
+                keep their order.
+            eval_dataset: The same, or a mapping of names to data sets. `eval_loss` is the mean over evaluation batches
+                of the loss per trained token; with unequal batches it differs from the mean over all tokens.
+            processing_class: The tokenizer of both models. Default: the one with the name of ``model``.
+            peft_config: LoRA adapters; merge_adapters() adds them to the weights.
+            further: callbacks, optimizers, and drop (the dropped layers, or a plan).
 
         Raises:
-            UserError: models that do not belong together or share weights, unknown settings, arguments that would be
-                ignored, or data that cannot be read.
+            UserError: models that do not belong together or share weights, unknown settings, arguments without an
+                effect, or data that cannot be read.
         """
         _refuse_unknown(further)
         model, teacher = _loaded(model, teacher_model, args)
@@ -137,24 +137,24 @@ class DistillationTrainer(ObjectiveTrainer):
             warn_of_mixed_documents(teacher, *planes, IN_TRAINING, autocast_dtype=precision)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's."""
+        """Like Trainer.train."""
         with self._objective_in_force():
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's."""
+        """Like Trainer.evaluation_loop."""
         with self._objective_in_force():
             return super().evaluation_loop(*args, **kwargs)
 
     def merge_adapters(self) -> None:
-        """Make plain weights of what adapters have learnt, so that the model is what it was before, trained."""
+        """Add the LoRA adapters to the weights and remove them, so that the model is a plain one again."""
         merge_adapters(self.objective.student)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's.
+        """Like Trainer.save_model.
 
         Raises:
-            UserError: the model has adapters, which no plain checkpoint holds.
+            UserError: the model still has adapters; call merge_adapters() first.
         """
         if not _internal_call and adapted_modules(self.objective.student):
             raise UserError("save_model: the model has adapters; call merge_adapters() first")

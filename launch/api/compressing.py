@@ -63,25 +63,25 @@ def measure_importance(
     seed: int = 0,
     **settings: Unpack[MeasureSettings],
 ) -> Importance:
-    """What every decoder layer of ``model`` is worth on ``data``. Higher = keep.
+    """Measure the importance of each decoder layer of ``model`` on ``data``. Higher = keep.
 
-    The model computes where it is, in its own precision, and is left as it was.
+    The model stays on its device and in its precision. It is not changed.
 
     Args:
-        model: A causal language model of L layers, or the name of one.
-        tokenizer: Its tokenizer; None = that of the model's name.
-        data: Texts, rows, or the name of a data set (shoal.data.sources.Given), repeated where it is too small; auto =
-            as the recipe's.
-        seed: Seed of the order of the texts and of what metrics draw.
-        settings: Keys of the recipe's section `measure`, with its defaults; sweep is a mapping (tasks, limit).
-            Greedy metrics remove a quarter of the layers.
+        model: A causal language model, or its name.
+        tokenizer: The tokenizer. Default: the one with the model's name.
+        data: Texts, rows, or the name of a data set; repeated if too short. `auto`: the text of `measure.data: auto`.
+        metrics: Names of `shoal list metrics`. Greedy metrics remove a quarter of the layers.
+        seed: Seed for the order of the texts and for metrics that sample.
+        settings: Other keys of the recipe's section `measure`, with its defaults. `sweep` is a mapping of `tasks` and
+            `limit`.
 
     Returns:
-        Scores by metric: `layers[metric][layer]`, L each, and `runs[metric][n - 1][layer]` of the n layers from there
-        on; `atlas` of what was swept.
+        `layers[metric][layer]` is a layer's score. `runs[metric][n - 1][layer]` is the score of n neighbouring layers,
+        the first of which is `layer`. `atlas` is the ablation.
 
     Raises:
-        UserError: an unknown name, too few items, no text, too long rows, or scores that are not finite.
+        UserError: an unknown name, too few items, no text, rows that are too long, or scores that are not finite.
 
     Example:
         >>> shoal.measure_importance(model, tokenizer, texts, num_tokens=2_000).layers["block_influence"][3]
@@ -159,23 +159,23 @@ def choose_layers(
     protect: Sequence[int | Literal["cornerstone"]] = CutByScore.protect,
     spare: Sequence[str] = (),
 ) -> Plan:
-    """The layers to drop, the least important ones.
+    """Choose the least important layers.
 
     Args:
-        importance: What measure_importance has given, or Importance.load of an importance.json.
-        num_drop: Layers to drop; without it and ``ratio`` an eighth of them.
-        ratio: Their share instead, rounded down.
-        metric: Score that chooses, or several with their weights, of which the mean of the layers' ranks counts; None =
-            block_influence, or angular when contiguous.
+        importance: The result of measure_importance, or `Importance.load("importance.json")`.
+        num_drop: Number of layers to drop. Default: one eighth of the layers, unless ``ratio`` is given.
+        ratio: Share of the layers to drop, rounded down.
+        metric: Metric that chooses. A mapping of metrics to weights uses the weighted mean of each layer's ranks.
+            Default: block_influence, or angular if ``contiguous``.
         contiguous: Drop one run of neighbouring layers.
-        protect: Layers that stay; negative counts from the end.
-        spare: Swept tasks or abilities on which nothing significant may be spent.
+        protect: Layers to keep; negative numbers count from the end.
+        spare: Ablation tasks or abilities that must not get significantly worse.
 
     Returns:
-        `drop` (0-based, increasing) and `reason`.
+        A plan: `drop` lists the layers, counted from 0, and `reason` explains the choice.
 
     Raises:
-        UserError: both of num_drop and ratio, a score that was not measured, or no such choice.
+        UserError: both num_drop and ratio are given, the metric was not measured, or no choice meets the conditions.
 
     Example:
         >>> len(shoal.choose_layers(importance, num_drop=2).drop)
@@ -209,21 +209,21 @@ def cut_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: Given = AUTO,
 ) -> PreTrainedModel:
-    """A new model without the layers ``drop``, in eval mode, in the model's dtypes and on its device.
+    """Make a new model without the layers ``drop``, in eval mode, with the same dtypes and device.
 
-    ``model`` stays as it is, and nothing is shared with it. Without ``changes`` the new one computes to the bit what
-    ``model`` computes when it passes by these layers. save_pretrained makes a plain checkpoint of it.
+    ``model`` is not changed and shares no memory with the new model. Without ``changes``, both give the same bits if
+    ``model`` skips these layers. The new model's `save_pretrained` writes a plain checkpoint.
 
     Args:
-        model: A causal language model, or the name of one.
-        drop: Layers (0-based, any order), or a plan of choose_layers.
-        changes: What else is done to layers that stay, as prune.changes: `["compensate"]`. They are made in files of a
-            temporary folder.
-        tokenizer: For changes: the tokenizer; None = that of the model's name.
-        data: For changes: the text that they are decided on (shoal.data.sources.Given).
+        model: A causal language model, or its name.
+        drop: Layers, counted from 0, in any order; or a plan of choose_layers.
+        changes: Changes of the remaining layers, as in `prune.changes`: `["compensate"]`. shoal writes the model to a
+            temporary folder to make them.
+        tokenizer: The tokenizer for ``changes``. Default: the one with the model's name.
+        data: Text for ``changes``: texts, rows, or the name of a data set.
 
     Raises:
-        UserError: an index that is no layer, all layers, a cut that the architecture cannot express, or a plan of
+        UserError: a layer that does not exist, all layers, layers that this architecture cannot lose, or a plan for
             another model or with other changes.
 
     Example:

@@ -33,29 +33,30 @@ def evaluate(
     seed: int = 0,
     **settings: Unpack[EvalSettings],
 ) -> Scores:
-    """The scores of ``model`` on ``tasks``, each with its 95 % interval and its items.
+    """Score ``model`` on ``tasks``: each score with its 95 % interval and its items.
 
-    The items are the first ones of every task, the same for every model and seed, so that two evaluations can be
-    compared item by item. The model computes where it is, in its own precision, and is left as it was.
+    All models and seeds get the same items, the first ones of each task, so scores can be compared item by item. The
+    model stays on its device and in its precision. It is not changed.
 
     Args:
-        model: A causal language model, or the name of one, which is loaded.
-        tokenizer: Its tokenizer; None = that of the model's name.
+        model: A causal language model, or its name.
+        tokenizer: The tokenizer. Default: the one with the model's name.
         tasks: Names of `shoal list tasks`, or of any task of lm-eval.
-        limit: Items per task, or {"default": 200, "gsm8k": 100}; None = all.
-        role: What figures call the model; teacher, pruned, control and distilled have colours of their own.
-        seed: Seed of what lm-eval draws at random.
-        settings: Keys of the recipe's section `eval`: num_fewshot (examples before each item; each task's own number
-            if not given), apply_chat_template (ask in the tokenizer's chat template), batch_size (prompts at one time,
-            16), include_path (a further folder of task YAMLs), data_dir (a folder of data sets in place of the Hub) and
-            perplexity_tokens (tokens of held-out Python documentation whose nats per token are scored too; none if not
-            given).
+        limit: Items per task, or `{"default": 200, "gsm8k": 100}`. None = all.
+        role: Name of the model in figures. teacher, pruned, control and distilled have their own colours.
+        seed: Seed for random choices of lm-eval.
+        settings: Other keys of the recipe's section `eval`:
+            num_fewshot: examples before each item. Default: each task's own number.
+            apply_chat_template: ask through the tokenizer's chat template.
+            batch_size: prompts at the same time.
+            include_path, data_dir: folder with your own task files; folder of data sets, used instead of the Hub.
+            perplexity_tokens: tokens of held-out Python documentation for a perplexity. Default: no perplexity.
 
     Returns:
-        `tasks`, a score each; `to_pandas()` has a row per task.
+        `tasks` has one score per task; `to_pandas()` has one row per task.
 
     Raises:
-        UserError: an unknown task, data that cannot be had, or a task that runs code or needs images.
+        UserError: an unknown task, data that cannot be loaded, or a task that runs code or needs images.
 
     Example:
         >>> scores = shoal.evaluate(model, tokenizer, ["retrieval_continuation"], limit=10)
@@ -84,8 +85,7 @@ def evaluate(
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Tabular, Artifact):
-    """What changed from one model to others, item by item.
-
+    """Changes of the scores from one model to others, item by item.
     Example:
         >>> shoal.compare(teacher, pruned).to_pandas()[["task", "change", "ci_low", "ci_high", "verdict"]]
     """
@@ -94,13 +94,13 @@ class Comparison(Tabular, Artifact):
     others: tuple[Scores, ...]
 
     def title(self) -> str:
-        """What is compared with what."""
+        """The reference, in one line."""
         return f"change from {self.reference.role}, with 95 % intervals"
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per model and task that both have: the change, a verdict, and the share kept of what the reference
-        has above chance. `adjusted_p` is corrected for the number of rows (Holm), and `verdict` says better or worse
-        where it is below 0.05, else unclear."""
+        """One row per model and common task: the change, the verdict, and the share kept of the reference's score above
+        chance. `adjusted_p` is Holm-corrected for the number of rows. `verdict` is `better` or `worse` if it is below
+        0.05, else `unclear`."""
         pairs = [(other.role, *pair) for other in self.others for pair in shared_tasks(self.reference, other)]
         changes = [paired(before, after) for _, before, after in pairs]
         adjusted = holm([change.p_value for change in changes])
@@ -141,12 +141,12 @@ def shared_tasks(reference: Scores, other: Scores) -> list[tuple[TaskScore, Task
 
 
 def compare(reference: Scores, *others: Scores) -> Comparison:
-    """The change from ``reference`` to each of ``others`` on every task that both have, with its 95 % interval.
+    """Compare ``others`` with ``reference`` on each common task: the change with its 95 % interval.
 
-    All models have answered the same items, so the luck of which items were drawn cancels (shoal.stats.paired).
+    All models answered the same items, so changes are computed item by item.
 
     Raises:
-        UserError: no other one, no common task, or one that was asked in another way or of other items.
+        UserError: only one model, no common task, or a task with different settings or items.
 
     Example:
         >>> shoal.compare(teacher, pruned, distilled)

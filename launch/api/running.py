@@ -35,8 +35,7 @@ from ..verbs.pipeline import run_all
 
 @dataclass(frozen=True, repr=False)
 class Run(Tabular):
-    """A run directory: what its stages have made, None where one has not run.
-
+    """The results in a run directory. The result of a stage that did not run is None.
     Example:
         >>> shoal.Run.load("runs/mine").plan
     """
@@ -47,23 +46,23 @@ class Run(Tabular):
     plan: Plan | None
     training: Training | None
     scores: dict[str, Scores]
-    """Scores by role: teacher, pruned, distilled, and control where the recipe asks for it."""
+    """Scores by role: teacher, pruned, distilled, and control if the recipe sets eval.control."""
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
-        """What is there in the run directory ``path``.
+        """Read the results in the run directory ``path``.
 
         Raises:
-            UserError: no such folder, nothing in it, or results that do not belong together.
+            UserError: the folder does not exist, has no results, or its results do not belong together.
         """
         found = read_run(given_path(path, "shoal.Run.load"))
         return cls(found.folder, found.importance, found.plan, found.training, found.evaluations)
 
     def model(self, role: str = "distilled") -> PreTrainedModel:
-        """The run's `distilled`, `pruned` or `control` model in eval mode, in the precision of its files.
+        """Load the run's `distilled`, `pruned` or `control` model in eval mode, in the precision of its files.
 
         Raises:
-            UserError: there is none.
+            UserError: the run does not have this model yet.
         """
         folders = {"pruned": "student", "distilled": "distilled", CONTROL: CONTROL}
         there = {own: self.folder / name for own, name in folders.items() if (self.folder / name).is_dir()}
@@ -72,10 +71,10 @@ class Run(Tabular):
         return load_model(there[role])
 
     def save(self, path: str | Path) -> None:
-        """Write all results and their run.json, without models, to the folder ``path``, where Run.load reads them.
+        """Write all results, without models, to the folder ``path``. Run.load reads them.
 
         Raises:
-            UserError: what this place does not take.
+            UserError: the folder cannot be written.
         """
         folder = Path(path).expanduser()
         make_folder(folder / "eval", setting="path")
@@ -87,16 +86,17 @@ class Run(Tabular):
             write_text(folder / told.name, told.read_text(encoding="utf-8"))
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, **hub: Any) -> str:
-        """The URL of the Hub repository that now holds the distilled model, with its card; ``hub`` as push_to_hub has
-        it.
+        """Push the distilled model and its card to the Hub, and return the URL.
+
+        ``hub``: as in shoal.push_to_hub.
 
         Raises:
-            UserError: nothing to push, or what the Hub refuses.
+            UserError: no distilled model, or an error of the Hub.
         """
         return push(self.folder / "distilled", model_card(self.folder), repo_id, private=private, **hub)
 
     def title(self) -> str:
-        """Where it is, and what was cut."""
+        """The folder and the plan, in one line."""
         return f"{self.folder}: {('nothing is pruned yet' if self.plan is None else self.plan.in_words())}"
 
     def rows(self) -> list[dict[str, Any]]:
@@ -105,19 +105,18 @@ class Run(Tabular):
 
 
 def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
-    """Everything that `shoal run` does: measure, prune, distill, evaluate, report, skipping what is done and unchanged.
+    """Run all stages, like `shoal run`: measure, prune, distill, evaluate, report. Skip stages that are up to date.
 
-    Training, and where there are GPUs every stage, runs in processes of its own under the DeepSpeed launcher, one per
-    GPU.
+    Training runs in processes of the DeepSpeed launcher, one per GPU. With GPUs, all other stages do so too.
 
     Args:
-        recipe: A recipe file, the name of a shipped one, a run directory, or a recipe as a mapping.
-        overrides: `section.key=value`, as on the command line, and `allow=send,write,code` as --allow there.
+        recipe: A recipe file, the name of a shipped recipe, a run directory, or a mapping.
+        overrides: `section.key=value`, as on the command line; `allow=send,write,code` is the option --allow.
 
     Raises:
-        UserError: wrong settings, models or data; what launched processes refuse they have said on stderr.
-        KeyboardInterrupt: training was stopped and has saved; the same call goes on.
-        RuntimeError: launched processes have failed, and said why on stderr.
+        UserError: wrong settings, models or data.
+        KeyboardInterrupt: training was stopped and saved its state; the same call resumes it.
+        RuntimeError: a launched process failed; stderr has its message.
 
     Example:
         >>> shoal.run("mine.yaml", "run_dir=runs/new").scores["distilled"]
@@ -163,22 +162,22 @@ def push_to_hub(
     private: bool = True,
     **hub: Any,
 ) -> str:
-    """The URL of the Hub repository that now holds ``model``, its tokenizer and a card.
+    """Push ``model``, its tokenizer and a model card to the Hub, and return the URL.
 
-    The card says what was cut and trained, and has a table of ``scores`` with its `model-index`.
+    The card lists the dropped layers, the training and the ``scores``, also as `model-index`.
 
     Args:
         model: The pruned or distilled model.
-        tokenizer: Its tokenizer.
-        repo_id: `owner/name`; made where it is not there.
-        plan: What was cut.
-        training: How it was distilled.
-        scores: Scores of roles: teacher, pruned, distilled, control.
-        private: Whether others may not see it.
+        tokenizer: The tokenizer.
+        repo_id: `owner/name`. If the repository does not exist, it is created.
+        plan: The plan of choose_layers, or `Plan.load(...)`; required.
+        training: The result of distill.
+        scores: Results of evaluate, each with its role: teacher, pruned, distilled, control.
+        private: Create the repository as private.
         hub: Arguments of huggingface_hub's create_repo and upload_folder, such as commit_message.
 
     Raises:
-        UserError: no plan, results that are not of one cut, or what the Hub refuses.
+        UserError: no plan, a plan or scores of another model, or an error of the Hub.
 
     Example:
         >>> shoal.push_to_hub(student, tokenizer, "me/shallow", plan=plan, training=training, scores=[teacher, pruned])

@@ -59,27 +59,26 @@ def distill(
     seed: int = 0,
     **settings: Unpack[DistillArguments],
 ) -> Training:
-    """How ``student``, trained in place to match ``teacher``, was trained; its `model` is the student itself.
+    """Train ``student`` in place to match ``teacher``. `model` of the result is the student.
 
-    Both models go to the accelerator if there is one, and back. Weights are trained in float32 and come back in their
-    own precision, in eval mode. Nothing is written; DistillationTrainer has checkpoints, DeepSpeed and evaluations.
+    Both models move to the accelerator, if there is one, and back. Training uses float32 weights; then the student gets
+    back its own precision. distill writes no files: for checkpoints and DeepSpeed use DistillationTrainer.
 
     Args:
         student: The pruned model.
-        teacher: The model it was cut from, in any precision, or its name; left as it was.
-        data: Texts, rows, or the name of a data set (shoal.data.sources.Given); auto = the recipe's, for ``losses``.
-        tokenizer: The tokenizer of both; None = that of the student's name.
-        losses: Terms of the loss, see shoal.train.engine.distillation_config.Losses.
-        trainable: Weights that are trained, as distill.trainable.
-        seed: Seed of the order of the data and of all else that is drawn.
-        settings: Keys of the recipe's section `distill`, with its defaults: num_tokens (rounded up to whole steps, a
-            smaller data set is repeated; not given = all data once, of a source the recipe's default, of auto about an
-            hour on this machine), batch_size (rows of one step over all processes), trainer
-            (`{"learning_rate": 1e-4}`, with the defaults of DistillationConfig), ...; and drop and loss_on as
-            shoal.DistillationTrainer takes them.
+        teacher: The model before pruning, in any precision, or its name. It is not changed.
+        data: Texts, rows, or the name of a data set. `auto`: the text of `distill.data: auto`.
+        tokenizer: The tokenizer of both models. Default: the one with the student's name.
+        losses: One or several terms: names (`"forward_kl"`) or mappings (`{"kind": "jsd", "beta": 0.1}`).
+        trainable: Weights to train, as in `distill.trainable`.
+        seed: Seed for the order of the data and all other random choices.
+        settings: Other keys of the recipe's section `distill`, with its defaults, such as `batch_size` (rows of one
+            step over all processes) and `trainer` (`{"learning_rate": 1e-4}`); also `drop` and `loss_on` of
+            DistillationTrainer. `num_tokens` is rounded up to whole steps, and data that are too short are repeated.
+            Its default: texts and rows once; for a data set's name 200,000; for `auto` about an hour on this machine.
 
     Raises:
-        UserError: models that do not belong together, unknown settings, nothing to learn, or a loss that is no number.
+        UserError: models that do not belong together, unknown settings, nothing to learn, or a loss of NaN or infinity.
 
     Example:
         >>> shoal.distill(student, model, texts, num_tokens=2_000, sequence_length=128, tokenizer=tokenizer).history

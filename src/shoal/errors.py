@@ -13,10 +13,10 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(ValueError):
-    """Wrong input: the message names what is wrong, the value and the remedy.
+    """Wrong input. The message names the argument, the problem, the value and the fix.
 
-    The command line prints the message without a traceback and exits with code 2; every other exception is a defect of
-    ours and keeps its traceback.
+    The command line prints the message without a traceback and exits with code 2. Any other exception is a defect of
+    shoal: please report its traceback.
 
     Example:
         >>> shoal.cut_model(model, [99])

@@ -24,9 +24,9 @@ SAME_AS_IN_RECIPE = ("sequence_length", "packing", "on_policy", "stop_on_spike")
 
 @dataclass
 class DistillationConfig(TrainingArguments):
-    """transformers' TrainingArguments, some with other defaults, and the settings of the loss and the data.
+    """transformers' TrainingArguments with shoal's defaults, and the settings of losses and data.
 
-    A recipe's run makes one too, so that both train alike.
+    Recipes use the same class, so both train in the same way.
 
     Example:
         >>> shoal.DistillationConfig("distilled", losses="forward_kl", learning_rate=2e-4).sequence_length
@@ -37,7 +37,7 @@ class DistillationConfig(TrainingArguments):
     learning_rate: float = DEFAULTS["learning_rate"]
     lr_scheduler_type: SchedulerType | str = DEFAULTS["lr_scheduler_type"]
     warmup_steps: float = DEFAULTS["warmup_steps"]
-    """Steps, or below 1 their share of all steps."""
+    """Number of steps; below 1, a share of all steps."""
     adam_beta2: float = DEFAULTS["adam_beta2"]
     num_train_epochs: float = DEFAULTS["num_train_epochs"]
     logging_steps: float = DEFAULTS["logging_steps"]
@@ -45,21 +45,21 @@ class DistillationConfig(TrainingArguments):
     save_steps: float = DEFAULTS["save_steps"]
     disable_tqdm: bool | None = DEFAULTS["disable_tqdm"]
     losses: Any = "forward_kl"
-    """Terms of the loss, see Losses."""
+    """One or several terms: names (`"forward_kl"`) or mappings (`{"kind": "jsd", "beta": 0.1}`)."""
     trainable: Trainable | None = "all"
-    """Weights that are trained, as distill.trainable; None = those that ask for a gradient."""
+    """Weights to train, as in distill.trainable; None = those with requires_grad."""
     sequence_length: int = Distill.sequence_length
     """Tokens of one row."""
     packing: Packing = Distill.packing
-    """How rows are filled, as distill.packing."""
+    """Packing of documents into rows, as in distill.packing."""
     on_policy: dict[str, Any] | None = None
-    """Steps in which the student learns from what it writes itself, as distill.on_policy; None = none."""
+    """Training on the student's own samples, as in distill.on_policy; None = none."""
     loss_on: Literal["assistant", "all"] | None = None
-    """Tokens of conversations that are learnt; None = what the assistant says."""
+    """Tokens of conversations to train on; None = those of the assistant."""
     stop_on_spike: float | None = Distill.stop_on_spike
-    """A step whose loss is so many times the median of those before ends the training; None = none does."""
+    """Stop if the loss exceeds this multiple of the recent median; None = stop only on NaN or infinity."""
     teacher_model_init_kwargs: dict[str, Any] | None = None
-    """What from_pretrained is given for a teacher that is named: `dtype`, `revision`, ..."""
+    """Arguments of from_pretrained for a teacher given by name: `dtype`, `revision`, ..."""
 
 
 def setting(args: TrainingArguments, name: str) -> Any:

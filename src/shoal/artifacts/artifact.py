@@ -80,14 +80,14 @@ class Artifact:
         return f"shoal/{cls.__name__.lower()}/{cls.NUMBER}"
 
     def body(self) -> dict[str, Json]:
-        """The content of the file: all fields, and what follows from them and is told for its readers."""
+        """The content of the file: all fields, and values computed from them for readers of the file."""
         return adapter(type(self)).dump_python(self, mode="json")
 
     def save(self, path: str | Path) -> None:
-        """Write the file at ``path``, or under its own name in a folder of that path, whole or not at all.
+        """Write the complete file to ``path``; if this is a folder, under the usual name in it.
 
         Raises:
-            UserError: the file holds something else than a result of this kind.
+            UserError: ``path`` is an existing file with other content.
         """
         path, body = self._file(path), self.body()
         if path.is_file() and not (held := _schema_of(path)).startswith(self.schema().rpartition("/")[0] + "/"):
@@ -107,10 +107,10 @@ class Artifact:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The artifact at ``path``, a file or a run directory.
+        """Read the result from ``path``, a file or a run directory.
 
         Raises:
-            UserError: missing, not JSON, of another schema, with wrong fields, or contradicting itself.
+            UserError: the file is missing, is not JSON, or has another schema, wrong fields or contradictory values.
         """
         path = cls._file(path)
         try:
@@ -131,7 +131,7 @@ class Artifact:
 
     @classmethod
     def require(cls, given: Any, name: str) -> None:
-        """Refuse what is no such artifact in memory, called ``name`` in messages, or one that load would refuse."""
+        """Raise UserError if ``given`` is not a valid object of this class; messages call it ``name``."""
         if not isinstance(given, cls):
             raise UserError(f"{name}: is {type(given).__name__}; give {cls.__name__}, or {cls.__name__}.load(...)")
         try:
@@ -153,11 +153,11 @@ class Artifact:
 
     @classmethod
     def completed(cls, body: dict[str, Json], path: Path) -> dict[str, Json]:
-        """The content of the file at ``path`` with what lies beside it."""
+        """The content of the file at ``path``, completed from the files next to it."""
         return body
 
     def contradictions(self) -> Iterator[str]:
-        """`place: what is wrong`, for everything that single fields cannot tell."""
+        """Sentences `place: problem` for fields that contradict each other."""
         yield from ()
 
 
@@ -222,10 +222,10 @@ if TYPE_CHECKING:
 
 
 class Tabular:
-    """A result that is a table: in a console 15 lines of it at most, in a notebook more, and as a frame all."""
+    """A result that prints as a table: at most 15 lines in a console, more in a notebook, all in to_pandas()."""
 
     def title(self) -> str:
-        """What stands above the table, in a line."""
+        """The line above the table."""
         raise NotImplementedError
 
     def rows(self) -> list[dict[str, Any]]:
@@ -233,7 +233,7 @@ class Tabular:
         raise NotImplementedError
 
     def to_pandas(self) -> DataFrame:
-        """The same as a pandas frame."""
+        """The table as a pandas DataFrame."""
         from pandas import DataFrame
 
         return DataFrame(self.rows())

@@ -132,7 +132,7 @@ def _key(said: dict[str, Any]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, repr=False)
 class Scores(Tabular, Artifact):
-    """eval/<role>.json: the scores of one model; every item is a line of eval/<role>.items.jsonl next to it.
+    """eval/ROLE.json: the scores of one model. eval/ROLE.items.jsonl next to it has one line per item.
 
     Example:
         >>> shoal.Scores.load("runs/mine/eval/teacher.json").tasks[0].score
@@ -152,7 +152,7 @@ class Scores(Tabular, Artifact):
     """Requests whose answers were there before ``seconds`` began."""
 
     def save(self, path: str | Path) -> None:
-        """Write the file at ``path`` and its items beside it. It is there with all of them, or not at all."""
+        """Write the file to ``path`` and its items next to it. The file appears only after its items are complete."""
         path = self._file(path)
         path.unlink(missing_ok=True)
         dump = adapter(ItemScore).dump_python
@@ -182,11 +182,11 @@ class Scores(Tabular, Artifact):
 
     @property
     def engine(self) -> str:
-        """What ran the model."""
+        """Library that ran the model: `transformers` or `vllm`."""
         return self.tasks[0].engine
 
     def title(self) -> str:
-        """The role, and how large the model is."""
+        """Role and size of the model, in one line."""
         return f"{self.role}: {self.num_layers} layers, {self.num_parameters / 1e6:,.1f} million parameters"
 
     def rows(self) -> list[dict[str, Any]]:

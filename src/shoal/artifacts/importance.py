@@ -190,7 +190,7 @@ class Atlas:
 
 @dataclass(frozen=True, repr=False)
 class Importance(Tabular, Artifact):
-    """importance.json: the score of every layer. Higher = keep.
+    """importance.json: the scores of every layer by metric. Higher = keep.
 
     Example:
         >>> shoal.Importance.load("runs/mine").layers["block_influence"]
@@ -224,7 +224,7 @@ class Importance(Tabular, Artifact):
                 yield f"{field_name}.{metric}: has {count} scores instead of {expected}"
 
     def title(self) -> str:
-        """How many layers, and on how much text."""
+        """Number of layers and tokens, in one line."""
         return f"importance of {self.num_layers} layers on {self.num_tokens:,} tokens; higher = keep"
 
     def body(self) -> dict[str, Any]:
@@ -232,8 +232,8 @@ class Importance(Tabular, Artifact):
         return super().body() | {"tasks": {column.task: list(column.importances) for column in columns}}
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per layer: its score by every metric, of metrics of runs that of the layer alone, the standard error
-        of a score that is estimated, and its importance for every swept task."""
+        """One row per layer: its score by every metric (of this single layer), the standard error of estimated scores,
+        and its importance for every task of the ablation."""
         columns: dict[str, Mapping[int, Any]] = {name: dict(enumerate(scores)) for name, scores in self.layers.items()}
         columns |= {f"{name}_error": dict(enumerate(errors)) for name, errors in self.errors.items()}
         columns |= {name: dict(enumerate(scores[0])) for name, scores in self.runs.items()}

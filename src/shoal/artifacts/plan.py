@@ -170,26 +170,26 @@ class Plan(Tabular, Artifact):
         return super().body() | {"changed": list(self.changed)}
 
     def sealed(self, student: str) -> str:
-        """Value of the field ``student`` for a student of this fingerprint."""
+        """Value of the field ``student`` for a student with the fingerprint ``student``."""
         changes = [asdict(change) for change in self.changes]
         details = [[asdict(gap) for gap in self.gaps], self.width and asdict(self.width)]
         return fingerprint([self.num_layers, list(self.drop), list(self.keep), changes, details, student])
 
     def in_words(self) -> str:
-        """The changes to the teacher in one line."""
+        """All changes of the teacher, in one line."""
         gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
         return "; ".join([*([gone] if self.drop else []), *(change.words for change in self.changes)])
 
     def state_scale(self, layer: int) -> float:
-        """How many times larger the teacher's state after ``layer`` is than the student's that stands for it."""
+        """Factor from the student's hidden state after the teacher's ``layer`` to the teacher's own."""
         return math.prod(gap.factor for gap in self.gaps if gap.last <= layer)
 
     def title(self) -> str:
-        """What is done, and why."""
+        """All changes and the reason, in one line."""
         return ": ".join(filter(None, (self.in_words(), self.reason)))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per layer of the teacher: its score, whether it is dropped, and why not or what becomes of it."""
+        """One row per layer of the teacher: its score, whether it is dropped, and the reason or change."""
         scores = self.scores or (None,) * self.num_layers
         return [
             {"layer": layer, "score": score, "dropped": layer in self.drop, "reason": self._reason(layer)}
@@ -204,22 +204,22 @@ class Plan(Tabular, Artifact):
 
     @property
     def changes_layers(self) -> bool:
-        """Whether the student's layers are others than the teacher's."""
+        """Whether the student lacks layers of the teacher, or has changed ones."""
         return self.keep != tuple(range(self.num_layers)) or any(change.layers for change in self.changes)
 
     @property
     def changed(self) -> tuple[int, ...]:
-        """The teacher's layers that stay and do something else, increasing."""
+        """Kept layers of the teacher that compute something else, in increasing order."""
         return tuple(sorted({layer for change in self.changes for layer in change.layers}))
 
     @property
     def reweighted(self) -> tuple[int, ...]:
-        """The teacher's layers that stay with other weights, before any training, increasing."""
+        """Kept layers of the teacher with other weights before training, in increasing order."""
         return tuple(sorted({*self.changed, *(layer for change in self.changes for layer in change.rescaled)}))
 
     @property
     def first_change(self) -> int:
-        """The lowest layer at which the student is not the teacher any more; behind its last where it is in none."""
+        """The student's lowest layer that differs from the teacher's; its number of layers if none differs."""
         other = (place for place, layer in enumerate(self.keep) if layer != place or layer in self.changed)
         return next(other, len(self.keep))
 

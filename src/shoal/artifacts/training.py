@@ -10,7 +10,7 @@ from shoal.artifacts.artifact import Artifact, Json, Tabular
 
 @dataclass(frozen=True, repr=False)
 class Training(Tabular, Artifact):
-    """distill.json: how the student was trained; written when distilled/ is complete. Of the control: control/.
+    """distill.json: the training of the student, written after distilled/. The control's is control/distill.json.
 
     Example:
         >>> shoal.Training.load("runs/mine").num_tokens
@@ -19,7 +19,7 @@ class Training(Tabular, Artifact):
     FILE: ClassVar[str] = "distill.json"
     INTERNAL = ("settings",)
     model: ClassVar[Any] = None
-    """The trained student, where it is in memory: of what shoal.distill gives."""
+    """The trained student; None unless this is the result of shoal.distill."""
 
     num_steps: int
     num_tokens: int
@@ -35,15 +35,15 @@ class Training(Tabular, Artifact):
     """Bytes at the peak of the largest rank."""
 
     def of(self, model: Any) -> Training:
-        """The same, which knows its model."""
+        """Attach ``model``, and return self."""
         object.__setattr__(self, "model", model)
         return self
 
     def title(self) -> str:
-        """How long it was."""
+        """Steps, tokens and seconds, in one line."""
         return f"{self.num_steps:,} steps, {self.num_tokens:,} tokens, {self.seconds:,.0f} s"
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per logged step, with the tokens trained on until then."""
+        """One row per logged step, with the number of tokens up to this step."""
         per_step = self.num_tokens / max(1, self.num_steps)
         return [{"step": row["step"], "num_tokens": round(row["step"] * per_step), **row} for row in self.history]
