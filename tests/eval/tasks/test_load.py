@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -157,6 +158,15 @@ def test_an_unknown_task_is_refused_with_the_closest_and_without_an_index() -> N
             load_tasks([wrong])
     with pytest.raises(UserError, match=r"'qqq' is not a task.*`shoal list tasks` names shoal's own"):
         load_tasks(["knowledge_continuation", "qqq"])
+
+
+def test_what_a_data_set_is_about_is_no_part_of_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = naming.tasks_fingerprint(["knowledge_generation"], None)
+    tasks, tags = naming.described_tasks(naming.task_folders(None))
+    for changes, same in (({"about": "in other words"}, True), ({"match": "exact"}, False)):
+        others = {name: (replace(data, **changes), protocol) for name, (data, protocol) in tasks.items()}
+        monkeypatch.setattr(naming, "described_tasks", lambda _, others=others: (others, tags))
+        assert (naming.tasks_fingerprint(["knowledge_generation"], None) == before) is same
 
 
 def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Path) -> None:
