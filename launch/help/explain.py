@@ -57,14 +57,14 @@ def _below(section: type) -> Iterator[type]:
         yield from _below(each)
 
 
-def places(section: dict[str, Any] | None = None, before: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def places(section: Any = None, before: str = "", alone: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every key of a recipe with all sections it is in, those of a section after it, and its schema.
 
     Of a section that is one of several kinds, the kind stands for its position, and is a place of its own.
     """
     section = section or schema()
     for key, own in section["properties"].items():
-        yield before + key, {**own, "is_required": key in section.get("required", ())}
+        yield before + key, {**own, "is_required": alone and key in section.get("required", ())}
         inner = [] if before + key == AGAIN else sections_of(own)
         has_kinds, of_types = len(inner) > 1 and all(map(kind_of, inner)), dict[str, dict[str, Any]]()
         for part in inner:
@@ -72,7 +72,7 @@ def places(section: dict[str, Any] | None = None, before: str = "") -> Iterator[
                 yield f"{before}{key}.{kind_of(part)}", part
                 yield from places(part, f"{before}{key}.{kind_of(part)}.")
             else:
-                of_types |= places(part, f"{before}{key}.")
+                of_types |= places(part, f"{before}{key}.", alone=len(inner) == 1)
         yield from of_types.items()
 
 
@@ -203,7 +203,7 @@ def _keys(section: dict[str, Any], alone: bool) -> dict[str, str]:
     told = {}
     for key, own in section["properties"].items():
         default = default_text({**own, "is_required": alone and key in section.get("required", ())})
-        told[key] = first_sentence(meaning(own)) + ("" if "$ref" in own else f" [{default}]")
+        told[key] = (first_sentence(meaning(own)) + ("" if "$ref" in own else f" [{default}]")).strip()
     return told
 
 

@@ -40,8 +40,9 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def recipe(teacher: Path, tmp_path: Path) -> str:
-    """A recipe that drops two layers of the tiny model."""
+def recipe(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A recipe that drops two layers of the tiny model, on a machine with two cores."""
+    monkeypatch.setattr("shoal.ranks.allowed_cores", lambda: 2)
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: {teacher}\nrun_dir: {tmp_path}/run\nprune: {{drop: [1, 3]}}\ntrack: {{wandb: off}}\n")
     return str(file)
@@ -188,7 +189,6 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
 ) -> None:
     launcher = Launcher(2)
     monkeypatch.setattr(launch, "run_launcher", launcher)
-    monkeypatch.setattr("shoal.ranks.allowed_cores", lambda: 2)
     assert run_verb("distill", recipe, ["num_processes=2"]) == 2
     assert "error" not in capsys.readouterr().err
     (command,) = launcher.commands

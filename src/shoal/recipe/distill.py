@@ -27,7 +27,7 @@ class Generate(Section):
     conversations."""
 
     prompt_tokens: Positive = 24
-    """Tokens of an opening; a conversation keeps everything before the turn."""
+    """Tokens of each text that the teacher continues. Conversations: everything before the last assistant turn."""
     max_new_tokens: Positive = 232
     """Maximum number of tokens that the teacher writes. Conversations too long for a row are skipped."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -68,8 +68,8 @@ class Live(Section):
 
 @dataclass(frozen=True)
 class Recorded(Section):
-    """Store the teacher's outputs before training, and train from the files. They hold its distributions at the losses'
-    temperature, and the states for hidden_states (two bytes per hidden dimension, token and layer)."""
+    """Store the teacher's outputs before training, and train from the files. The files hold its distributions at the
+    losses' temperature, and the states for hidden_states (two bytes per hidden dimension, token and layer)."""
 
     kind: Annotated[Literal["recorded"], Shapes.TRAINING] = "recorded"
     path: Annotated[Text | None, Shapes.NOTHING] = None
@@ -171,7 +171,7 @@ class Distill(Section):
     """Training tokens over all ranks. Sets the number of steps, unless trainer.max_steps does. Default: 200,000, or
     without data what this machine trains in about an hour."""
     sequence_length: Annotated[RowLength, Shapes.ROWS | Shapes.TRAINING] = 512
-    """Tokens of one row."""
+    """Tokens of one row: documents are packed into rows, and a batch counts rows."""
     batch_size: Annotated[Positive | None, Shapes.TRAINING] = None
     """Rows of one optimizer step over all ranks; gradients are accumulated accordingly. Keeps the training equal on any
     number of ranks. Default: trainer.per_device_train_batch_size times the ranks."""
@@ -184,7 +184,7 @@ class Distill(Section):
     trainable: Annotated[Trainable, Shapes.TRAINING] = "all"
     """Weights to train. `all`: everything; `layers`: all but embeddings and head; `from_first_cut`: the layers above
     the first dropped one, and the final norm; `near_gaps`: the layers next to dropped ones; `norm_and_head`: final norm
-    and head. The layers below run once for both models."""
+    and head. The frozen layers below run once for both models."""
     lora: Annotated[Lora | None, Shapes.TRAINING] = None
     """LoRA adapters for the trained layers. Default: train the weights themselves."""
     teacher: Annotated[TeacherSource, Shapes.TRAINING] = Live()

@@ -60,15 +60,15 @@ Change = Annotated[Width | Compensate, Field(discriminator="kind")]
 
 @dataclass(frozen=True, kw_only=True)
 class Target(Section):
-    """Goals for the student. It loses the fewest layers, in the order of the metric, that reach all goals."""
+    """Goals for the student. Layers are dropped in the order of the metric until all goals are reached."""
 
     params: Annotated[Above0 | None, Shapes.PLAN] = None
     """Maximum number of parameters; tied ones count once."""
     memory_gb: Annotated[Above0 | None, Shapes.PLAN] = None
     """Maximum GiB of stored weights plus the cache of all sequences."""
     speedup: Annotated[Annotated[float, Field(gt=1, allow_inf_nan=False)] | None, Shapes.PLAN] = None
-    """Minimum decoding speed relative to the teacher. A prediction that counts only reading weights and cache from
-    memory."""
+    """Minimum decoding speed relative to the teacher. Predicted from the bytes of weights and cache that a token
+    reads."""
     batch_size: Annotated[Positive, Shapes.PLAN] = 1
     """Sequences served at the same time."""
     sequence_length: Annotated[RowLength | None, Shapes.PLAN] = None
@@ -97,7 +97,8 @@ class CutThese(Cut):
     """Drop layers by number."""
 
     drop: Annotated[Layers, Shapes.PLAN]
-    """Layers of the teacher to drop, counted from 0. May be empty if prune.changes is set."""
+    """Layers of the teacher to drop, counted from 0. May be empty if prune.changes is set. Default: chosen by
+    prune.metric."""
 
     def __post_init__(self) -> None:
         if not (self.drop or self.changes):
@@ -119,16 +120,16 @@ class CutByScore(Cut):
     ratio: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Shapes.PLAN] = None
     """Share of the layers to drop, rounded down."""
     target: Annotated[Target | None, Shapes.PLAN, Field(exclude_if=lambda target: target is None)] = None
-    """Goals for the student: parameters, memory, speed-up. It loses the fewest layers that reach all goals."""
+    """Goals for the student: parameters, memory, speed-up. The fewest layers that reach all goals are dropped."""
     metric: Annotated[str | Annotated[dict[str, Above0], Field(min_length=1)] | None, Shapes.PLAN] = None
-    """Metric of importance.json that chooses layers: a metric, greedy order, ablation task or `ability/protocol`.
+    """Score that chooses layers: a metric, greedy order, ablation task or `ability/protocol`.
     Default: block_influence, or angular if contiguous. A mapping of metrics to weights uses the weighted mean of each
     layer's ranks."""
     contiguous: Annotated[bool, Shapes.PLAN] = False
     """Drop one run of neighbouring layers instead of the least important ones anywhere."""
     protect: Annotated[tuple[Index | Literal["cornerstone"], ...], Shapes.PLAN] = (0, -1)
-    """Layers to keep; negative numbers count from the end. `cornerstone`: layers that alone take an ablation task to
-    chance (less than 0.1 of its score above chance is kept)."""
+    """Layers to keep; negative numbers count from the end. `cornerstone`: layers without which an ablation task keeps
+    less than 10 % of its score above chance."""
     spare: Annotated[tuple[Text, ...], Shapes.PLAN] = ()
     """Abilities, ablation tasks or `ability/protocol` that must not get significantly worse. Layers that would cause
     this are kept. Needs measure.sweep."""

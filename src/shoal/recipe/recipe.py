@@ -84,9 +84,9 @@ class Recipe(Section):
     """Precision for measuring, evaluation and the frozen teacher. `fast`: the fastest one of the device, or the one
     that this run directory started with; `stored`: that of the checkpoint (other libraries call it auto)."""
     max_minutes: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
-    """Maximum minutes of the run; it uses less data if needed. If the dry run estimates more, it uses fewer tokens (to
-    measure, train and score; at least a fifth) and fewer items (at least 60 a task). Log, run.json and report state the
-    share, and a run directory keeps it. Default: no limit."""
+    """Maximum minutes of the run; shoal uses less data if needed. It then measures, trains and scores on fewer tokens
+    (at least a fifth) and fewer items (at least 60 per task), so a slow machine can take longer. Log, run.json and
+    report state the share. A run directory keeps it. Default: no limit."""
     attn_implementation: Annotated[
         Literal["auto", "flash", "sdpa", "eager"], Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED
     ] = "auto"
