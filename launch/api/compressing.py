@@ -193,7 +193,7 @@ def choose_layers(
     Importance.require(importance, "importance")
     choice = choose_changes(settings, num_layers=importance.num_layers, importance=importance)
     inputs = {
-        **{name: importance.provenance.inputs.get(name) for name in ("model", WEIGHTS)},
+        **{name: importance.provenance.inputs.get(name) for name in ("model", "dtype", WEIGHTS)},
         "importance": importance.provenance.fingerprint,
         **shaping(settings, Shapes.PLAN, "prune."),
     }
@@ -254,9 +254,10 @@ def cut_model(
 
 def _made_for(plan: Plan, model: PreTrainedModel) -> bool:
     """Whether ``plan`` is one for these weights, wherever they were loaded from, as far as both tell."""
-    (name, weights), folder = map(plan.provenance.inputs.get, ("model", WEIGHTS)), Path(model.config.name_or_path or "")
+    name, weights, dtype = map(plan.provenance.inputs.get, ("model", WEIGHTS, "dtype"))
+    folder = Path(model.config.name_or_path or "")
     if weights is not None:
-        return has_weights(model, weights)
+        return has_weights(model, weights, dtype)
     return name is None or not (folder / "config.json").is_file() or name == model_fingerprint(folder)
 
 

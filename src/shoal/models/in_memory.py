@@ -156,15 +156,17 @@ def weights_of(model: PreTrainedModel) -> tuple[list[int], list[float]]:
     return [*weight.shape], some.abs().amax(dim=-1).to(torch.bfloat16).tolist() if is_here else []
 
 
-def has_weights(model: PreTrainedModel, known: tuple[list[int], list[float]]) -> bool:
-    """Whether ``known``, of weights_of, may be of this model, in whichever precision either was loaded.
+def has_weights(model: PreTrainedModel, known: tuple[list[int], list[float]], dtype: str | None) -> bool:
+    """Whether ``known``, of weights_of, may be of this model, in whichever precision either was loaded, ``known`` in
+    ``dtype``.
 
     Of numbers that were rounded to float16 and then to bfloat16, one in sixteen has another last bit than if it was
     rounded once.
     """
     (shape, numbers), (own_shape, own) = known, weights_of(model)
     same = sum(number == other for number, other in zip(numbers, own, strict=False))
-    return list(shape) == own_shape and same >= 0.75 * min(len(numbers), len(own))
+    least = 0.75 if "float16" in (dtype, str(model.dtype).removeprefix("torch.")) else 1
+    return list(shape) == own_shape and same >= least * min(len(numbers), len(own))
 
 
 def name_of(model: PreTrainedModel) -> str:
