@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
-from benchmarks.gpu_cases import Case, Size, recipe_of
+from benchmarks.gpu_cases import LISTED, Case, Size, recipe_of
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import Plan
 from shoal.compress.surgery.narrow_config import student_config
@@ -213,16 +213,11 @@ def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     spec, clock = spec_of(case, size, folder), Clock(case.steps_s)
     settings = {
         **spec.settings.trainer,
+        **LISTED["trl"],
         "output_dir": str(folder / "trainer"),
         "max_steps": case.steps,
         "bf16": spec.settings.precision == "bf16-mixed",
-        "gradient_checkpointing": False,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "report_to": [],
-        "disable_tqdm": True,
         "use_cpu": here().type == "cpu",
-        "seed": 0,
     }
     if case.trl.get("liger"):
         settings |= {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}

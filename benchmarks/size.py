@@ -15,24 +15,10 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from shoal.yaml_text import own_yaml
+
 ROOT = Path(__file__).parents[1]
-LIMITS = {
-    "lines of Python outside tests": 48_000,
-    "of them in lab/": 6_000,
-    "files of Python outside tests": 290,
-    "lines of tests": 35_000,
-    "recipe keys": 150,
-    "places that a recipe can set": 240,
-    "rows of settings that do not go together": 15,
-    "training arguments that are refused": 25,
-    "raise UserError": 480,
-    "late imports outside launch/ and lab/": 60,
-    "lines of a function, median": 8,
-    "lines of a function, 90 of 100": 24,
-    "lines of a function, most": 60,
-    "parameters of a function, most": 7,
-    "words of Markdown": 32_000,
-}
+LIMITS: dict[str, int] = own_yaml(__file__)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

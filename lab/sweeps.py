@@ -20,7 +20,6 @@ from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.columns import layer_scores
 from shoal.compress.sweeps.table import Measured
 from shoal.compress.variants.variants import Edited
-from shoal.errors import UserError
 from shoal.figures import style
 from shoal.figures.atlas import band, curves_figure, fitting
 from shoal.launch.verbs.measure import importance_of, sweep_inputs, sweep_tables
@@ -88,10 +87,8 @@ def tables_of(
     """The table of every operator and what it was computed from.
 
     Raises:
-        UserError: no swept tasks in the recipe, or a model whose units cannot be taken out one by one.
+        UserError: a model whose units cannot be taken out one by one.
     """
-    if run.recipe.measure.sweep is None:
-        raise UserError("shoal lab: sweeps need tasks; name some in measure.sweep.tasks")
     order = _order(run, settings) if settings and "cumulative" in operators else ()
     units: Mapping[str, Sequence[Component]] = {name: components_of(name, model, order=order) for name in operators}
     if settings is None or settings.donor is None:

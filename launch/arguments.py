@@ -48,15 +48,7 @@ VERBS = {
 }
 LISTS: tuple[str, ...] = tuple(_TAKEN["list"]["what"]["choices"])
 """Lists of shoal.launch.help.names."""
-OTHER_WORDS = {
-    **dict.fromkeys(("train", "finetune", "heal", "sft", "gkd", "distillation"), "distill"),
-    **dict.fromkeys(("evaluate", "test"), "eval"),
-    **dict.fromkeys(("cut", "drop"), "prune"),
-    **dict.fromkeys(("score", "importance"), "measure"),
-    **dict.fromkeys(("sweep", "search"), "run RECIPE --each KEY=A,B"),
-    **dict.fromkeys(("upload", "export", "publish"), "push"),
-    "help": "--help",
-}
+OTHER_WORDS = {word: verb for verb, words in own_yaml(__file__, "words.yaml").items() for word in words}
 """What other programs call a verb -> the words here."""
 LETTERS = {"m": "model", "t": "tasks", "L": "limit", "f": "num_fewshot", "b": "batch_size", "o": "output_path"}
 """Options of one letter that lm_eval has -> their names there."""
@@ -66,6 +58,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "each": ("run",),
 }
 """Option that is no key -> the verbs with a recipe that have it, none = all of them."""
+BEFORE = ("--version", "--local_rank", "--print-completion")
 LOCAL_RANK: dict[str, Any] = {"type": int, "help": argparse.SUPPRESS}
 """The DeepSpeed launcher puts it behind script or module."""
 
@@ -81,6 +74,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(not_encoded(repr(os.fsencode(word))))
     if sum(word.partition("=")[0] == "--config" for word in argv) > 1:
         parser.error("--config: is given twice; name one recipe")
+    first = "".join(argv[:1]).partition("=")[0]
+    if first.startswith("--") and first not in BEFORE and not told and not VERBS.keys().isdisjoint(argv):
+        own = next(filter(VERBS.__contains__, argv))
+        parser.error(f"{redacted_arguments([first])[0]}: stands before the command; write it after `shoal {own}`")
     if verb is not None and verb not in VERBS:
         word = OTHER_WORDS.get(verb)
         hint = f"did you mean `shoal {word}`?" if word else meant(verb, VERBS, f"the commands are {', '.join(VERBS)}")
@@ -126,8 +123,8 @@ def _with_keys_as_words(parser: argparse.ArgumentParser, argv: Sequence[str], se
             value = rest.pop(0)
         elif not equals and is_switch:
             value = "true"
-        elif not equals:
-            parser.error(f"{redacted_arguments([word])[0]}: needs a value; `shoal explain {place}` shows which")
+        if is_option and not value:
+            parser.error(f"{redacted_arguments([name])[0]}: needs a value; `shoal explain {place}` shows which")
         yield f"{place}={flow_text(kind, value)}"
 
 
@@ -145,8 +142,8 @@ def _no_option(verb: str, option: str) -> str:
             return f"{place}: {words}"
     keys = [short_name(place, sections) for place in all_places(Recipe)]
     own = [each for each, verbs in OPTIONS.items() if verb in (verbs or VERBS)]
-    if word in keys:
-        hint = f"`shoal {verb} --{word} VALUE`"
+    if (other := word.removeprefix("no_")) in keys:
+        hint = f"`shoal {verb} --{other} {'VALUE' if other == word else 'false'}`"
     elif name in OPTIONS:
         hint = f"it is one of `shoal {' | '.join(OPTIONS[name])}`"
     elif close := get_close_matches(name.lower().replace("_", "-"), own, n=1, cutoff=0.7):
@@ -169,7 +166,8 @@ def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace) -> 
         known.words = [word if "=" in word else f"export.hub_repo={word}" for word in known.words]
     known.words += [f"{ALLOW}={kinds}" for kinds in known.allow]
     for other in (word for word in redacted_arguments(known.words) if "=" not in word):
-        hint = "; a list is one word, such as 13,14,26" if other.lstrip("-").isdecimal() else ""
+        is_more = other.lstrip("-").isdecimal() or os.path.exists(other)
+        hint = "; a list is one word, such as 13,14,26 or a.jsonl,b.jsonl" if is_more else ""
         parser.error(f"override {other!r}: must have the form section.key=value{hint}")
 
 

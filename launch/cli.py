@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from shoal import ranks
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
 from shoal.progress import doing, loading
-from shoal.ranks import Loudness
+from shoal.ranks import Loudness, refuse_variables, set_variables
 from shoal.redaction import printable, redacted, shortened
 from shoal.stopping import Stopped, on_stop, stop_at_once, watch_launcher
 
@@ -35,16 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shoal")
 
-UNLESS_SET = {
-    # idle OpenMP threads that spin make every other process on the machine several times slower
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # models of a stage come and go in sizes that would leave blocks of a GPU's memory that nobody can use
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    # what every rank waited for last goes to a file where a collective ends after its timeout
-    "TORCH_FR_BUFFER_SIZE": "2000",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-}
-"""Variables that torch reads as it loads."""
 RANKED = ("measure", "record", "distill", "eval")
 """Verbs whose work several ranks share."""
 STOPPED = "shoal: stopped; answered and finished work is kept, and the same command resumes from there"
@@ -73,8 +63,7 @@ def _accept_streams() -> None:
 
 
 def _main(argv: list[str]) -> int:
-    for name, value in UNLESS_SET.items():
-        os.environ.setdefault(name, value)
+    set_variables()
     see_devices()
     asked = parse(argv)
     if not VERBS[asked.verb].reads_recipe:
@@ -159,6 +148,7 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
     try:
         follows = not ranks.is_main()
         ranks.set_up_logging(loudness)
+        refuse_variables()
         with explained_paths():
             work()
     except LaunchRefused:

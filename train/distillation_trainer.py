@@ -359,6 +359,8 @@ def _warn_of_half_precision(model: PreTrainedModel, args: TrainingArguments) -> 
 
 
 def _refuse_replaced(model: PreTrainedModel) -> None:
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise UserError("model: torch.inference_mode takes no gradients; make the model and train it outside of that")
     for module in (model, output_head(model)):
         if getattr(module.forward, "__func__", None) is not type(module).forward:
             raise UserError(

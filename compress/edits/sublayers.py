@@ -140,8 +140,9 @@ def silence(module: nn.Module) -> RemovableHandle:
 
 def silent_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
     """What ``module`` returns when it adds nothing to the residual stream, given what a forward hook gets."""
-    if takes_residual(module):
-        return inspect.signature(module.forward).bind(*args, **kwargs).arguments["residual"]
+    signature = inspect.signature(module.forward)
+    if "residual" in signature.parameters:  # it adds what it writes to the stream itself
+        return signature.bind(*args, **kwargs).arguments["residual"]
     return torch.zeros_like(state_of(output))
 
 
@@ -176,11 +177,6 @@ def _half(name: str) -> str:
         if any(word in name for word in words):
             return half
     return ""
-
-
-def takes_residual(module: nn.Module) -> bool:
-    """Whether ``module`` adds what it writes to the residual stream itself."""
-    return "residual" in inspect.signature(module.forward).parameters
 
 
 @dataclass

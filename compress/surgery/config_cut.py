@@ -21,6 +21,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import deepstack_layers
 from shoal.models.checkpoint_files import CLOSED_GAPS, KEPT_LAYERS, NOT_CAUSAL
 from shoal.models.families import family
+from shoal.yaml_text import own_yaml
 
 log = logging.getLogger(__name__)
 
@@ -112,31 +113,10 @@ def drop_mtp(field: str, value: Any, _: Sequence[int]) -> int:
     return 0
 
 
-FIELDS: dict[Rule, str] = {
-    keep_entries: """
-        layer_types mlp_layer_types attention_layers layers_block_type no_rope_layers indexer_types moe_layer_freq
-        layer_rope_theta num_attention_heads_per_layer hybrid_override_pattern hybrid_layer_pattern attn_type_list""",
-    keep_entries_or_value: """
-        intermediate_size activation_sparsity_pattern moe_intermediate_size moe_topk num_experts num_shared_expert""",
-    recount: """
-        max_window_layers first_k_dense_replace num_dense_layers loop_layer_index_start loop_layer_index_end""",
-    renumber: """
-        mlp_only_layers moe_layers attn_layer_indices full_attn_idxs local_layer_ids hybrid_layer_ids
-        cross_attention_layers""",
-    keep_step: """
-        decoder_sparse_step moe_layer_interval interleave_moe_layer_step attn_layer_period expert_layer_period
-        full_attention_interval global_attn_every_n_layers no_rope_layer_interval sliding_window_pattern""",
-    count: "num_blocks",
-    renumber_from_one: "ple_layer_ids",
-    renumber_lists_from_one: "linear_attn_config",
-    spell_out_groups: "attention_types",
-    renumber_keys: "per_layer_config",
-    refuse: """
-        num_kv_shared_layers deepstack_visual_indexes n_recurrent_layers rescale_every num_mem_blocks scale_depth""",
-    drop_mtp: "num_nextn_predict_layers num_mtp_layers num_mtp_modules mtp_num_hidden_layers",
+RULES: dict[str, Rule] = {
+    field: globals()[rule] for rule, fields in own_yaml(__file__).items() for field in fields.split()
 }
-"""What a depth cut does to a configuration -> the fields it is done to. Unset and empty values stay as they are."""
-RULES: dict[str, Rule] = {field: rule for rule, fields in FIELDS.items() for field in fields.split()}
+"""Field of a configuration -> what a depth cut does to it. Unset and empty values stay as they are."""
 
 
 def _refit_period(period_field: str, offset_field: str, values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
@@ -214,12 +194,6 @@ def _refuse_lost_sources(field: str, what: str, sources: dict[int, int], keep: S
             )
 
 
-def _spell_out_cycle(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-    """RecurrentGemma repeats a short list of kinds; a list as long as the student says it of any cut."""
-    cycle = values["block_types"]
-    return {"block_types": [cycle[layer % len(cycle)] for layer in keep]}
-
-
 def _recount_shared_blocks(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
     """Zamba 2: the k-th hybrid layer runs block k % num_mem_blocks, whose weights are shared."""
     num_blocks = values["num_mem_blocks"]
@@ -261,7 +235,10 @@ GROUP_RULES: dict[tuple[str, ...], GroupRule] = {
     ("decoder_sparse_step", "mlp_only_layers"): _list_dense_layers,
     ("num_kv_shared_layers", "layer_types"): _recount_shared_layers,
     ("indexer_types",): _keep_indexers,
-    ("block_types",): _spell_out_cycle,
+    # RecurrentGemma repeats a short list of kinds; a list as long as the student says it of any cut
+    ("block_types",): lambda values, keep: {
+        "block_types": [(own := values["block_types"])[n % len(own)] for n in keep]
+    },
     ("num_mem_blocks", "layers_block_type"): _recount_shared_blocks,
 }
 """Fields that only together say which layers are special -> their rule, whose answer is empty where no values could
@@ -394,7 +371,7 @@ def _refuse_unknown_lists(config: PreTrainedConfig, values: dict[str, Any], num_
     if unknown:
         raise UserError(
             f"config.{unknown[0]}: has an entry for every layer ({len(lists[unknown[0]])} entries, {num_layers} "
-            "layers), and shoal does not know its meaning; add it to FIELDS in compress/surgery/config_cut.py"
+            "layers), and shoal does not know its meaning; add it to compress/surgery/config_cut.yaml"
         )
 
 

@@ -161,7 +161,7 @@ def layer_traits(layer: nn.Module, index: int) -> dict[str, Any]:
         traits[f"{name}.class"] = type(module).__name__
         for key, value in vars(module).items():
             plain = isinstance(value, bool | int | float | str | type(None))
-            if plain and key not in ("training", "_is_hf_initialized") and not key.startswith("_"):
+            if plain and key not in ("training", "gradient_checkpointing") and not key.startswith("_"):
                 if key in ("layer_idx", "layer_id", "layer_number") and isinstance(value, int) and value >= 0:
                     value -= index  # -1 is no layer's: a block that several layers share
                 traits[f"{name}.{key}"] = value

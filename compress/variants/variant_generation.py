@@ -126,7 +126,8 @@ class _Reading:
         self, edited: Edited, decoder: Decoder, prompts: Sequence[Tokens], variants: Sequence[Variant]
     ) -> None:
         self._decoder, self._prompts, self._variants = decoder, prompts, variants
-        self._shared = _common_beginning(prompts)
+        shared = min((in_common(prompts[0], other) for other in prompts[1:]), default=0)
+        self._shared = shared if shared >= WORTH_SHARING else 0  # every prompt keeps a token of its own
         layerwise = layerwise_or_none(edited.model)
         assert layerwise is not None
         self._num_layers = layerwise.num_layers
@@ -183,12 +184,6 @@ class _Reading:
         lengths_B1 = queued(torch.tensor(lengths), device).unsqueeze(1)
         ids_BS = queued(torch.tensor([[written[text][-1]] for text in alive]), device)
         return Texts(cache, [longest - n for n in lengths], longest + 1, ids_BS, lengths_B1, list(alive), written)
-
-
-def _common_beginning(prompts: Sequence[Tokens]) -> int:
-    """Tokens with which all prompts begin, if it is worth reading them only once; every prompt keeps one of its own."""
-    shared = min((in_common(prompts[0], other) for other in prompts[1:]), default=0)
-    return shared if shared >= WORTH_SHARING else 0
 
 
 class RowEdits:

@@ -55,8 +55,9 @@ def read_story(folder: Path) -> dict[str, Any]:
     """run.json of a run directory; empty if there is none."""
     file = folder / "run.json"
     story = read_json(file)
-    if wrong := next((key for key in ("recipe", "numerics") if not isinstance(story.get(key) or {}, dict)), None):
-        raise UserError(f"{file}: {wrong} must be a mapping, got {type(story[wrong]).__name__}; delete the file")
+    parts = {"recipe": story.get("recipe") if file.exists() else {}, "numerics": story.get("numerics") or {}}
+    if wrong := next((key for key, part in parts.items() if not isinstance(part, dict)), None):
+        raise UserError(f"{file}: {wrong} must be a mapping, got {type(story.get(wrong)).__name__}; delete the file")
     return story
 
 

@@ -4,6 +4,7 @@ takes ten seconds, a misspelt name is refused in one."""
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ LISTED = re.compile(rf"""(?:^[ \t]*-[ \t]|^|,)[ \t]*["']?((?![#-]){NAME})""", fl
 """Names in such a list."""
 OUTPUT_TYPES = ("loglikelihood", "multiple_choice", "loglikelihood_rolling", "generate_until")
 """What a task file of lm-eval can ask for."""
+HUB_PATH = re.compile(r"^dataset_path:[ \t]*[\"']?([\w.-]+/[\w.-]+)", flags=re.MULTILINE)
 TASKS = re.compile(r"^task:[ \t]*[\"']?([\w./-]+)", flags=re.MULTILINE)
 OTHERS = re.compile(r"^(?:dataset|model):", flags=re.MULTILINE)
 """Beginnings of lines of recipes and of descriptions of data sets: neither is a task file, and what a description asks
@@ -116,6 +118,21 @@ def refuse_many_shots(shots: int | None, tasks: Collection[str], include_path: s
             raise UserError(FEW_EXAMPLES.format(name, NUM_EXAMPLES, shots))
 
 
+def refuse_offline(names: Sequence[str], include_path: str | Path | None) -> None:
+    """Refuse, where the Hub may not be asked, a task whose data set is not in a cache, as far as its file tells."""
+    from huggingface_hub import constants
+
+    described, _ = described_tasks(task_folders(include_path))
+    for name in names if constants.HF_HUB_OFFLINE else ():
+        hub = described[name][0].hub if name in described else None
+        path = hub.path if hub else "" if name in described else _collection().get(name, "")
+        kept = os.environ.get("HF_DATASETS_CACHE", f"{constants.HF_HOME}/datasets"), path.replace("/", "___")
+        caches = Path(*kept), Path(constants.HF_HUB_CACHE, f"datasets--{path.replace('/', '--')}")
+        if "/" in path and not any(folder.exists() for folder in caches):
+            told = f"its data set {path} is not in the cache, and HF_HUB_OFFLINE is set"
+            raise UserError(f"eval.tasks: {name!r}: {told}; unset that once, or remove the task")
+
+
 @contextmanager
 def named_in(section: str, *settings: str) -> Iterator[None]:
     """Refusals name ``settings`` of section `eval`, none = all, as those of ``section``, which are called the same."""
@@ -148,11 +165,11 @@ def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:
     folders = [TASKS_DIR, HUB_TASKS_DIR]
     if include_path is not None:
         folder = Path(include_path).expanduser()
-        if not folder.is_dir():
+        if not (include_path and folder.is_dir()):
             raise UserError(
                 f"eval.include_path: {str(include_path)!r} is not a folder; name one with *.yaml task files"
             )
-        if wrong := next((file for file in folder.rglob("*.yaml") if file.exists() and not file.is_file()), None):
+        if wrong := next((file for file in folder.rglob("*.yaml") if not file.is_file()), None):
             raise UserError(f"eval.include_path: {wrong} is not a file; remove it")
         if folder.resolve() not in [other.resolve() for other in folders]:
             folders.append(folder)
@@ -162,7 +179,7 @@ def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:
 def local_data(data_dir: str | None) -> Path | None:
     """The folder that eval.data_dir names."""
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not (data_dir and folder.is_dir()):
         raise UserError(f"eval.data_dir: {data_dir!r} is not a folder; name a folder with data sets")
     return folder
 
@@ -239,7 +256,7 @@ def local_data_fingerprint(data_dir: str, include_path: str | Path | None = None
 
 def _defined(folders: Sequence[Path]) -> Set[str]:
     """The names of tasks, groups and tags in the task files of ``folders`` and of lm-eval."""
-    return _names(text for folder in folders for text in _texts(folder)) | _collection()
+    return _names(text for folder in folders for text in _texts(folder)) | _collection().keys()
 
 
 def _names(texts: Iterable[str]) -> frozenset[str]:
@@ -249,13 +266,15 @@ def _names(texts: Iterable[str]) -> frozenset[str]:
 
 
 @cache
-def _collection() -> frozenset[str]:
-    """The same of lm-eval's, found without importing it; what its files include has names of any form."""
+def _collection() -> dict[str, str]:
+    """The same of lm-eval's, found without importing it, each with the data set of the Hub that its file names, ""
+    without one; what its files include has names of any form."""
     package = find_spec("lm_eval")
     places = list(package.submodule_search_locations or ()) if package else []
-    files = (file for place in places for file in (Path(place) / "tasks").rglob("*"))
-    files = (file for file in files if file.suffix in ("", ".yaml", ".yml") or "yaml" in file.name)
-    return _names(file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
+    walked = (row for place in places for row in os.walk(Path(place) / "tasks"))
+    files = (Path(folder, name) for folder, _, names in walked for name in names if "." not in name or ".y" in name)
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return {name: "".join(HUB_PATH.findall(text)[:1]) for text in texts for name in _names([text])}
 
 
 def _texts(folder: Path) -> Iterator[str]:

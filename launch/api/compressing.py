@@ -25,7 +25,7 @@ from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.columns import rankings
 from shoal.compress.sweeps.sweep import checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant_of
-from shoal.data.default_text import with_default_text
+from shoal.data.default_text import is_auto, with_default_text
 from shoal.data.packing import PackedRows, require_room
 from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
@@ -90,7 +90,7 @@ def measure_importance(
     data = with_default_text(data, model, TextSource(AUTO))
     named: dict[str, Any] = {"metrics": metrics, **({"data": data} if is_source(data) else {})}
     taken, source = (*named, *MeasureSettings.__annotations__), "shoal.measure_importance"
-    if isinstance(metrics, str | Sequence) and TASK_ORDER in metrics:
+    if metrics == TASK_ORDER or (isinstance(metrics, list | tuple) and TASK_ORDER in metrics):
         raise UserError(f"{source}: task_greedy needs a run directory; pass a recipe to shoal.run")
     section: Measure = of_arguments("measure", {**named, **settings}, taken=taken, source=source, seed=seed)
     tokenizer = require_tokenizer(tokenizer, model)
@@ -249,7 +249,13 @@ def cut_model(
         drop = drop.drop
     settings = checked(_Cut, {"prune": {"drop": drop, "changes": changes}}, source="shoal.cut_model").prune
     require_layers(settings.drop, len(decoder_layers(model)), "prune.drop")
-    return _changed(model, settings, tokenizer, data) if settings.changes else surgery.cut_model(model, settings.drop)
+    if settings.changes:
+        return _changed(model, settings, tokenizer, data)
+    if tokenizer is not None:
+        require_tokenizer(tokenizer, model)
+    if not is_auto(data):
+        raise UserError("shoal.cut_model: data: only changes are decided on text; remove it, or name changes")
+    return surgery.cut_model(model, settings.drop)
 
 
 def _made_for(plan: Plan, model: PreTrainedModel) -> bool:

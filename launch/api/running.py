@@ -23,8 +23,9 @@ from shoal.eval.report.card import model_card
 from shoal.eval.report.hub import push
 from shoal.eval.report.run import read_run
 from shoal.models.anatomy import decoder_layers
+from shoal.models.in_memory import require_tokenizer, require_usable
 from shoal.models.load import load_model
-from shoal.recipe.recipe import parse_recipe, read_settings, settled
+from shoal.recipe.recipe import of_arguments, parse_recipe, read_settings, settled
 from shoal.recipe.remembered import remembering
 
 from ..verbs import run as verbs
@@ -93,6 +94,7 @@ class Run(Tabular):
         Raises:
             UserError: no distilled model, or an error of the Hub.
         """
+        repo_id, private = _repository(repo_id, private=private)
         return push(self.folder / "distilled", model_card(self.folder), repo_id, private=private, **hub)
 
     def title(self) -> str:
@@ -151,6 +153,38 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
         return Run.load(folder)
 
 
+def _plan_of_all(
+    plan: Plan | None, model: PreTrainedModel, training: Training | None, scores: Sequence[Scores]
+) -> Plan:
+    """``plan``, which the others belong to as far as they tell."""
+    if plan is None:
+        raise UserError(
+            "shoal.push_to_hub: plan: is missing, and the card needs it; pass it, or call model.push_to_hub, which "
+            "writes no card"
+        )
+    Plan.require(plan, "plan")
+    require_usable(model)
+    if (kept := len(decoder_layers(model))) != len(plan.keep):
+        raise UserError(
+            f"shoal.push_to_hub: plan: keeps {len(plan.keep)} layers, and the model has {kept}; pass its own"
+        )
+    if training is not None:
+        Training.require(training, "training")
+    for one in scores:
+        Scores.require(one, "scores")
+    if len({one.role for one in scores}) < len(scores):
+        raise UserError("shoal.push_to_hub: scores: two have the same role; set one in evaluate, such as role='pruned'")
+    return plan
+
+
+def _repository(repo_id: str, *, private: bool) -> tuple[str, bool]:
+    """Both, which are such as section `export` takes."""
+    if repo_id is None:
+        raise UserError("shoal.push_to_hub: repo_id: is missing; give owner/name")
+    export = of_arguments("export", {"hub_repo": repo_id, "private": private}, source="shoal.push_to_hub")
+    return export.hub_repo, export.private
+
+
 def push_to_hub(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -182,18 +216,11 @@ def push_to_hub(
     Example:
         >>> shoal.push_to_hub(student, tokenizer, "me/shallow", plan=plan, training=training, scores=[teacher, pruned])
     """
-    if plan is None:
-        raise UserError(
-            "shoal.push_to_hub: plan: is missing, and the card needs it; pass it, or call model.push_to_hub, which "
-            "writes no card"
-        )
-    if (kept := len(decoder_layers(model))) != len(plan.keep):
-        raise UserError(
-            f"shoal.push_to_hub: plan: keeps {len(plan.keep)} layers, and the model has {kept}; pass its own"
-        )
-    scores = [scores] if isinstance(scores, Scores) else scores
-    if len({one.role for one in scores}) < len(scores):
-        raise UserError("shoal.push_to_hub: scores: two have the same role; set one in evaluate, such as role='pruned'")
+    scores = scores if isinstance(scores, list | tuple) else [scores]
+    plan = _plan_of_all(plan, model, training, scores)
+    known = require_tokenizer(tokenizer, model)
+    tokenizer = known if tokenizer is None else tokenizer  # as it is, without a pad token that it lacks
+    repo_id, private = _repository(repo_id, private=private)
     healing = {} if training is None else {"losses": training.provenance.inputs["distill.losses"]}
     sources = [] if training is None else [{"path": name} for name in training.data["sources"]]
     with TemporaryDirectory() as temporary:

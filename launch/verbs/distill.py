@@ -24,11 +24,10 @@ from shoal.models.anatomy import refuse_both_directions
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
-from shoal.ranks import refuse_crowd, world_size
+from shoal.ranks import world_size
 from shoal.recipe.distill import Recorded
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import HiddenStates
-from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, everyone_sees, free_memory, seed_everything
 from shoal.tracking import wandb_run
@@ -244,20 +243,22 @@ def check_distill(run: Run) -> None:
     """Refuse what training would refuse, before anything is measured, cut or launched.
 
     Raises:
-        UserError: more ranks than cores or devices, impossible layers, unknown tasks, kernels that cannot be had,
-            bundled text with reworded questions, another recording, and what check_training_settings refuses.
+        UserError: impossible layers, unknown tasks or training arguments, rows that cannot be divided, kernels that
+            cannot be had, bundled text with reworded questions, another recording, tracking without a key.
     """
     from shoal.compress.plan import stand_in
     from shoal.eval.evaluate import WATCHED, checked_items, num_items
     from shoal.eval.tasks.load import tasks_of
     from shoal.eval.tasks.names import named_in
+    from shoal.train.engine.arguments import check_names, deepspeed_config
     from shoal.train.engine.kernels import require_liger
     from shoal.train.writing import to_write
 
     recipe = run.recipe
     refuse_both_directions(run.config())
-    refuse_crowd(ranks_to_start(recipe.num_processes))
-    check_training_settings(recipe)
+    check_names(recipe.distill, ranks=max(world_size(), ranks_to_start(recipe.num_processes)))
+    deepspeed_config(recipe.distill)
+    wandb_run.wandb_mode(recipe.track)
     if recipe.distill.trainer.get("use_liger_kernel"):
         require_liger(run.config().model_type, device())
     _refuse_other_recording(run)
@@ -301,20 +302,6 @@ def _refuse_other_recording(run: Run) -> None:
     if (folder / RecordingManifest.FILE).is_file():
         told = run.teacher_fingerprint, settings.sequence_length, settings.teacher, settings.recorded_temperature
         Wanted(checkpoint_of(run), *told).require(folder)
-
-
-def check_training_settings(recipe: Recipe) -> None:
-    """Refuse training settings that cannot work, without loading anything.
-
-    Raises:
-        UserError: an unknown training argument, rows that do not divide over the ranks, a wrong DeepSpeed
-            configuration, tracking without a key.
-    """
-    from shoal.train.engine.arguments import check_names, deepspeed_config
-
-    check_names(recipe.distill, ranks=max(world_size(), ranks_to_start(recipe.num_processes)))
-    deepspeed_config(recipe.distill)
-    wandb_run.wandb_mode(recipe.track)
 
 
 def watched_by(run: Run) -> Eval | None:

@@ -23,10 +23,17 @@ from shoal.components import require_layers
 from shoal.compress.free_layers import count_of, goal_of_parameters, goals_asked, refuse_impossible_layers
 from shoal.errors import NO_TOKEN, UserError
 from shoal.eval.report.run import read_run, read_story
-from shoal.eval.tasks.names import local_data, refuse_many_shots, refuse_other_limits, refuse_unknown, tasks_named
+from shoal.eval.tasks.names import (
+    local_data,
+    refuse_many_shots,
+    refuse_offline,
+    refuse_other_limits,
+    refuse_unknown,
+    tasks_named,
+)
 from shoal.formatting import bytes_text
 from shoal.inference.vllm import check_vllm
-from shoal.model_names import DEMO_PREFIX, name_of_model, refuse_no_model, refuse_revision
+from shoal.model_names import DEMO_PREFIX, name_of_model, refuse_no_model
 from shoal.models import checkpoint_files as files
 from shoal.ranks import NO_GPU, may_have_devices, no_gpu, refuse_crowd, refuse_no_address
 from shoal.recipe.distill import Live, Recorded, TrainingSource
@@ -51,7 +58,7 @@ MANY_TOKENS = 10**8
 FILES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     Importance.FILE: (Importance, ("measure", "prune", "run")),
     Plan.FILE: (Plan, (*CUT, "eval")),
-    Training.FILE: (Training, ("run",)),
+    Training.FILE: (Training, ("distill", "run")),
     f"{CONTROL}/{Training.FILE}": (Training, ("run",)),
     **{f"eval/{role}.json": (Scores, SCORE) for role in ROLES},
     Speed.FILE: (Speed, SCORE),
@@ -134,11 +141,6 @@ def _push(asked: Asked) -> None:
         raise UserError(f"export to {asked.recipe.export.hub_repo}: {NO_TOKEN}")
 
 
-def _model_name(asked: Asked) -> None:
-    refuse_no_model(asked.recipe.model)
-    refuse_revision(asked.recipe.model, asked.recipe.revision)
-
-
 def _columns(asked: Asked) -> None:
     """Refuse tasks that are unknown, and to choose by a metric or task that there is not, or that is not measured."""
     prune, settings = asked.recipe.prune, asked.recipe.measure
@@ -185,6 +187,8 @@ def _scoring(asked: Asked) -> None:
         raise UserError(NO_TEMPLATE)
     local_data(settings.data_dir)
     refuse_unknown(settings.tasks, settings.include_path)
+    if settings.data_dir is None:
+        refuse_offline(settings.tasks, settings.include_path)
     if settings.backend == "vllm":
         check_vllm("eval.backend")
     if (tasks := tasks_named(settings.tasks, settings.include_path)) is not None:
@@ -246,17 +250,19 @@ def require_model_of(model: Path, file: str, checksum: str | None) -> None:
 
 
 def _made(asked: Asked) -> None:
-    """Refuse to score or report models that others than the teacher and the plan made."""
+    """Refuse to train, score or report models that others than the teacher and the plan made."""
     file, model, trained = (asked.folder / name for name in (Plan.FILE, "distilled", Training.FILE))
     there = [(folder / "config.json").is_file() for folder in (asked.folder / "student", model)]
-    if not any(there) or not file.is_file():
+    if not file.is_file() and any(there) and asked.verb != "distill":
+        raise UserError(f"{file}: is missing, but models made with it are there; run `shoal prune` to restore it")
+    if not file.is_file() or not any(there):
         return
     plan = Plan.load(file)
     if asked.plain is not None and "model" in plan.provenance.inputs:
         inputs = plan.provenance.inputs | {"model": files.model_fingerprint(asked.plain)}
         Identity(Plan, file, inputs, "prune").require()
     require_student_of(plan, asked.folder)
-    if there[1] and trained.is_file():
+    if there[1] and asked.verb != "distill":  # which restores it
         require_model_of(model, Training.FILE, Training.load(trained).settings.get("distilled"))
 
 
@@ -432,7 +438,7 @@ LOOKS = (
     Look(lambda _: refuse_no_address(), LOAD, once=False),
     Look(lambda asked: read_run(asked.folder), ("report",)),
     Look(_push, ("push",), once=False),
-    Look(_model_name, (*LOAD, "push"), once=False),
+    Look(lambda asked: refuse_no_model(asked.recipe.model, asked.recipe.revision), (*LOAD, "push"), once=False),
     Look(_columns, (*MEASURE, *CUT), once=False),
     Look(_crowd, ("measure", "distill", "eval", "run")),
     Look(_training, TRAIN, once=False),
@@ -441,7 +447,7 @@ LOOKS = (
     Look(_model, LOAD),
     Look(_checkpoint, LOAD),
     Look(_files, LOAD),
-    Look(_made, ("eval", "report", "push")),
+    Look(_made, ("distill", "eval", "report", "push")),
     Look(_place, (*LOAD, "report"), if_written=True),
     Look(lambda asked: wandb_mode(asked.recipe.track), (*LOAD, "report", "push"), if_written=True),
     Look(_machine, LOAD),
@@ -455,8 +461,7 @@ def init_file(asked: argparse.Namespace) -> Path:
     Raises:
         UserError: it is there or cannot be, or there is no such model.
     """
-    refuse_no_model(asked.model)
-    refuse_revision(asked.model, asked.revision)
+    refuse_no_model(asked.model, asked.revision)
     if asked.out == "":
         raise UserError("--out: is empty; name a file, or leave it out")
     file = Path(asked.out or f"{name_of_model(asked.model)}.yaml").expanduser()

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 
 from shoal.data.sources import load_texts
-from shoal.inference.vllm import check_vllm
 from shoal.machine import ranks_to_start
 from shoal.recipe.section import as_dict
 
@@ -76,8 +75,6 @@ def preflight(run: Run) -> None:
         check_export(run.config())
     check_measure(run)
     check_distill(run)
-    if recipe.eval.backend == "vllm":
-        check_vllm("eval.backend")
     for source in recipe.eval.perplexity_data:
         load_texts(source, max_characters=1)
     checked_items(tasks_of(recipe.eval), recipe.eval, config=run.config(), tokenizer=run.tokenizer())

@@ -33,7 +33,7 @@ from shoal.errors import UserError
 from shoal.eval.report.run import read_story
 from shoal.formatting import duration_text
 from shoal.machine import DTYPES, device_name, fast_dtype, ranks_to_start
-from shoal.model_names import refuse_revision
+from shoal.model_names import refuse_no_model
 from shoal.models.anatomy import image_layers, require_positions, text_config
 from shoal.models.attention import DENSE, Chosen, choose_attention
 from shoal.models.checkpoint_files import model_fingerprint
@@ -381,7 +381,7 @@ def resolved(model: str, revision: str | None) -> Path:
     Raises:
         UserError: as resolve_model, and a revision of what has none.
     """
-    refuse_revision(model, revision)
+    refuse_no_model(model, revision)
     if not is_main():
         barrier()
     folder = resolve_model(model, revision=revision)

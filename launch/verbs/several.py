@@ -98,7 +98,8 @@ def combinations(run_dir: Path, axes: Sequence[str]) -> dict[Path, list[str]]:
         raise UserError("--each run_dir: every run has a folder of its own in run_dir; remove it")
     runs: dict[Path, list[str]] = {}
     for chosen in itertools.product(*map(_values, axes)):
-        folder = run_dir / ",".join(f"{key.rpartition('.')[2]}={_in_path(value)}" for key, value in chosen)
+        told = [(key.rpartition(".")[2], re.sub(r"[^\w.+-]+", "-", _text(value)).strip("-")) for key, value in chosen]
+        folder = run_dir / ",".join(map("=".join, told))
         if folder in runs:
             raise UserError(f"--each {' --each '.join(axes)}: two of these runs have one name; name every value once")
         runs[folder] = [*(f"{key}={_text(value)}" for key, value in chosen), f"run_dir={folder}"]
@@ -133,7 +134,3 @@ def _values(axis: str) -> list[tuple[str, Any]]:
 def _text(value: Any) -> str:
     """A value as an override takes it: what is JSON is YAML."""
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _in_path(value: Any) -> str:
-    return re.sub(r"[^\w.+-]+", "-", _text(value)).strip("-")

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -208,16 +208,37 @@ def _exchanged(first: Path, second: Path) -> bool:
 
 def read_text(path: Path) -> str:
     """A file's text."""
+    refuse_endless(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8") from error
 
 
+def refuse_endless(path: Path) -> None:
+    """Refuse to read a pipe or a device, which may have no end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: is a pipe or a device, not a file; remove it")
+
+
+def strict_json(text: str) -> Any:
+    """The value of JSON that shoal has written, in which no number is NaN and no key stands twice."""
+
+    def refuse(word: str) -> NoReturn:
+        raise ValueError(f"is not valid JSON ({word})")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        return value if len(value) == len(pairs) else refuse("a key stands there twice")
+
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+
+
 def read_json(path: Path, remedy: str = "delete it and run its stage again") -> dict[str, Any]:
     """The mapping that a JSON file holds; empty where there is no file. ``remedy`` ends what is said of another one."""
+    refuse_endless(path)
     try:
-        body = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        body = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error}); {remedy}") from error
     if not isinstance(body, dict):

@@ -40,8 +40,9 @@ def name_of_model(model: str) -> str:
     return re.sub(r"[^\w.-]+", "-", end).strip(".-") or "model"
 
 
-def refuse_no_model(name: str) -> None:
-    """Refuse a name that can be no model's: a demo model that there is not, and the path of nothing."""
+def refuse_no_model(name: str, revision: str | None = None) -> None:
+    """Refuse a name that can be no model's: a demo model that there is not, and the path of nothing; and a revision of
+    what is not on the Hub."""
     if name.startswith(DEMO_PREFIX):
         if name.removeprefix(DEMO_PREFIX) not in DEMO_MODELS:
             known_models = ", ".join(DEMO_PREFIX + known for known in DEMO_MODELS)
@@ -50,9 +51,5 @@ def refuse_no_model(name: str) -> None:
         raise UserError(f"model {name!r}: is a file; give the folder of a checkpoint, a Hub id or demo:<name>")
     elif (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).expanduser().exists():
         raise UserError(f"model {name!r}: no such folder; give an existing folder, a Hub id or demo:<name>")
-
-
-def refuse_revision(name: str, revision: str | None) -> None:
-    """Refuse a revision of a model that is not on the Hub."""
     if revision is not None and (name.startswith(DEMO_PREFIX) or Path(name).expanduser().exists()):
         raise UserError(f"model {name!r}: is not on the Hub, so it has no revision {revision!r}; remove the revision")

@@ -1,9 +1,11 @@
-"""Which process this is among those that work together, and what it tells. Torch stays unloaded."""
+"""Which process this is among those that work together, what it tells, and which variables of its environment libraries
+may obey. Torch stays unloaded."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 from dataclasses import dataclass
@@ -11,8 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from shoal.errors import UserError
+from shoal.formatting import meant
 from shoal.progress import Lines
 from shoal.redaction import printable, redacted
+from shoal.yaml_text import own_yaml
+
+log = logging.getLogger(__name__)
+_VARIABLES = own_yaml(__file__)
 
 Loudness = Literal["quiet", "usual", "verbose"]
 """What is told beside results: warnings alone; what goes on; that of libraries, of other ranks and of refusals too."""
@@ -69,6 +76,35 @@ def refuse_no_address() -> None:
             f"{missing[0]}: is not set, and WORLD_SIZE={world_size()} ranks need it; "
             f"`unset {' '.join(LAUNCHED)}`, or use deepspeed or torchrun"
         )
+
+
+def set_variables() -> None:
+    """Set what torch reads as it loads, unless it is set."""
+    for name, value in _VARIABLES["unless_set"].items():
+        os.environ.setdefault(name, value)
+
+
+def refuse_variables() -> None:
+    """Refuse a variable that no library understands, that changes what numbers are computed in, or that begins like
+    ours and is none. Those of another launcher are removed."""
+    for name in sorted(name for name in os.environ if name.startswith("SHOAL_")):
+        if name not in _VARIABLES["own"]:
+            raise UserError(f"{name}: shoal reads no such variable; {meant(name, _VARIABLES['own'], 'unset it')}")
+    is_rank = "RANK" in os.environ
+    for name, (form, words) in _VARIABLES["form"].items():
+        value = os.environ.get(name)
+        if value is not None and not re.fullmatch(form, value.strip()) and not (is_rank and "MPI" in words):
+            raise UserError(f"{name}: must be {words} (got {value!r}); set it so, or unset it")
+    if (found := forget_launchers()) and not is_rank:
+        log.info("%s: set by a launcher of accelerate, and without effect here: the recipe decides", ", ".join(found))
+
+
+def forget_launchers() -> list[str]:
+    """Remove what a launcher of accelerate has set, which would count for more than the settings; its names."""
+    found = sorted(name for name in os.environ if name.startswith(tuple(_VARIABLES["passed_over"])))
+    for name in found:
+        del os.environ[name]
+    return found
 
 
 def allowed_cores() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +19,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
-from shoal.ranks import world_size
+from shoal.ranks import forget_launchers, world_size
 from shoal.recipe import trainer_arguments
 from shoal.recipe.distill import Distill
 from shoal.recipe.messages import demand
@@ -88,10 +87,7 @@ def training_arguments(
     own = {name: values.pop(name) for name in trainer_arguments.OURS if name in values}
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     values.pop("save_total_limit", None)
-    # what another launcher has left would count for more than the settings
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-    if deepspeed is None:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    forget_launchers()
     try:
         args = DistillationConfig(
             output_dir=str(output_dir),

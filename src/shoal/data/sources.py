@@ -389,12 +389,17 @@ def documents_of(
             is no such word, or says something of conversations, and there are none.
     """
     is_table = hasattr(dataset, "to_dict") and hasattr(dataset, "iloc")
-    if is_table or isinstance(dataset, str | Mapping | Iterator | Set) or not isinstance(dataset, Iterable):
+    has_rows = isinstance(dataset, Iterable) and getattr(dataset, "shape", None) != ()  # a number of torch's has none
+    if is_table or isinstance(dataset, str | Mapping | Iterator | Set) or not has_rows:
         remedy = "datasets.Dataset.from_pandas converts a frame" if is_table else "choose one of its splits"
         raise UserError(
             f"data {name!r}: is {type(dataset).__name__}; give a list of texts, or a data set with rows ({remedy})"
         )
-    source, given = with_column(DataSource(name), next(iter(dataset), None)), {"loss_on": loss_on or "assistant"}
+    for first in dataset:
+        source, given = with_column(DataSource(name), first), {"loss_on": "assistant" if loss_on is None else loss_on}
+        break
+    else:
+        raise nothing_in(DataSource(name))
     learnt = checked(Messages, {"messages": "messages", **given}, source=f"data {name!r}").loss_on
     if isinstance(source.column, Conversation):
         source = replace(source, column=replace(source.column, loss_on=learnt))

@@ -17,18 +17,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from shoal.atomic_files import read_json, read_text
+from shoal.atomic_files import read_json, read_text, refuse_endless
 from shoal.errors import UserError
 from shoal.model_names import ADAPTER_CONFIG
+from shoal.yaml_text import own_yaml
 
 DOWNLOAD_AGAIN = "create or download the checkpoint again"
-MOST = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer"), 100_000),
-    **dict.fromkeys(("hidden_size", "n_embd", "num_attention_heads", "n_head"), 2**24),
-    **dict.fromkeys(("vocab_size", "intermediate_size", "head_dim", "num_key_value_heads"), 2**30),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"), 1),
-    **dict.fromkeys(("rope_theta", "rotary_emb_base", "factor", "max_position_embeddings", "n_positions"), 1e30),
-}
+MOST = {name: number for words, number in own_yaml(__file__).items() for name in words.split()}
 """Numbers of a config.json that have to be above 0 -> no model has more."""
 DIVIDE = (("num_key_value_heads", "num_attention_heads"), ("num_attention_heads", "hidden_size"))
 """Whole numbers of which the first has to divide the second; the last pair only if no key names the size of a head."""
@@ -227,6 +222,8 @@ def check_config(folder: Path) -> None:
             f"{folder}: config.json is missing, so this is not a Hugging Face checkpoint; give a folder with "
             "config.json"
         )
+    for file in folder.iterdir():
+        refuse_endless(file)
     config = json_or_empty(folder / "config.json")
     sections = [config, text_part(config)]
     ropes = [rope for part in sections for rope in map(part.get, ("rope_parameters", "rope_scaling"))]

@@ -102,17 +102,14 @@ def active_parameters(decoder: nn.Module) -> int:
     # by module and with repetition: what several layers share is read by each of them
     modules = dict(decoder.named_modules(remove_duplicate=False))
     return sum(
-        parameter.numel() if experts is None or parameter.dim() < 2 else _of_chosen_experts(parameter, *experts)
+        parameter.numel()
+        if experts is None or parameter.dim() < 2  # one tensor holds all routed experts, one after the other
+        else parameter.numel() // (experts[1] or parameter.shape[0]) * experts[0]
         for name, module in modules.items()
         if not isinstance(module, nn.Embedding)
         for experts in [_enclosing_experts(name, modules)]
         for parameter in module.parameters(recurse=False)
     )
-
-
-def _of_chosen_experts(parameter: Tensor, per_token: int, num_experts: int | None) -> int:
-    """Weights of all routed experts lie in one tensor, one expert after the other."""
-    return parameter.numel() // (num_experts or parameter.shape[0]) * per_token
 
 
 def _enclosing_experts(name: str, modules: dict[str, nn.Module]) -> tuple[int, int | None] | None:

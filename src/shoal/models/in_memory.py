@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
-from shoal.model_names import DEMO_PREFIX, refuse_revision
+from shoal.model_names import DEMO_PREFIX, refuse_no_model
 from shoal.models.anatomy import text_config
 from shoal.models.attention import named
+from shoal.models.checkpoint_files import NOT_CAUSAL
 from shoal.models.families import family
 from shoal.models.load import Checkpoint, LoadSettings, pad_with_end, refuse_ids_beyond
 from shoal.models.packed_attention import VARLEN
@@ -42,7 +43,7 @@ def as_model(model: Model, name: str = "model", *, is_placed: bool = True, **set
     """
     if isinstance(model, str):
         given = {"dtype": fast_dtype(device()).dtype, **settings}
-        refuse_revision(model, revision := given.pop("revision", None))
+        refuse_no_model(model, revision := given.pop("revision", None))
         folder = resolve_model(model, revision=revision)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **given)
@@ -65,8 +66,8 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
     """Refuse a model, called ``name`` in messages, that nothing here could be done with.
 
     Raises:
-        UserError: it is no PreTrainedModel, it has no weights, or its attention is none that keeps documents of one row
-            apart.
+        UserError: it is no causal PreTrainedModel, it has no weights or adapters besides, or its attention is none that
+            keeps documents of one row apart.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(
@@ -74,6 +75,11 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
         )
     if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"{name}: is on the meta device and has no weights; load it with from_pretrained")
+    if any(".base_layer." in each for each, _ in model.named_parameters()):
+        raise UserError(f"{name}: holds adapters of PEFT; merge them into its weights first")
+    writes = model.can_generate() or model.get_output_embeddings() is not None
+    if not writes or getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{name}: {type(model).__name__} {NOT_CAUSAL}")
     kernels, kind = getattr(model.config, "_attn_implementation", None) or "sdpa", text_config(model.config)
     attention = named(kernels)
     exception = family(kind.model_type).no_flash if attention == "flash" and kernels != VARLEN else ""

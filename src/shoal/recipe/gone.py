@@ -16,13 +16,8 @@ MOVES = "-> "
 def gone(place: str) -> str | None:
     """What is said of ``place``, a key, kind or value of an older recipe, or else of its section; None = it never was
     one."""
-    place = without_positions(place)
+    place = re.sub(r"\.\d+(?=\.|$)", "", place)
     words = GONE.get(place) or GONE.get(place.partition(".")[0])
     if words is None:
         return None
     return "removed in 0.1; " + (f"write {words[3:].replace(' =', ':')}" if words.startswith(MOVES) else words)
-
-
-def without_positions(place: str) -> str:
-    """``place`` without positions in lists."""
-    return re.sub(r"\.\d+(?=\.|$)", "", place)

@@ -20,6 +20,7 @@ from shoal.recipe.gone import gone
 from shoal.recipe.not_together import contradictions
 from shoal.recipe.section import Section, adapter, types_of
 from shoal.redaction import redacted, redacted_arguments
+from shoal.yaml_text import own_yaml
 
 S = TypeVar("S", bound=Section)
 
@@ -27,19 +28,7 @@ MOST_NAMED = 10
 """Known keys that are named, at most, where an unknown one is like none of them."""
 MOST_TOLD = 10
 """Problems that are told at once."""
-WORDS = {
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_from_float": "must be a whole number, got a number with a fractional part",
-    "float_type": "must be a number",
-    "bool_type": "must be a boolean",
-    "string_type": "must be a string",
-    "tuple_type": "must be a list",
-    "dict_type": "must be a mapping of settings",
-    "dataclass_type": "must be a mapping of settings",
-    "model_attributes_type": "must be a mapping of settings",
-    "string_pattern_mismatch": "must have the form owner/name",
-}
+WORDS: dict[str, str] = own_yaml(__file__)
 """What is said instead of pydantic's message, by the problem's type: who writes YAML never heard of a tuple."""
 OTHER_VALUES = {"gpu": "cuda", "disabled": "off"}
 """What other tools call a value -> the one here."""

@@ -137,6 +137,8 @@ class CutByScore(Cut):
     def __post_init__(self) -> None:
         if len(given := [key for key in ("num_drop", "ratio", "target") if getattr(self, key) is not None]) > 1:
             raise ValueError(f"{listed(given)} exclude each other; give one of them")
+        if self.metric == "":
+            raise ValueError("metric is empty; name one, or remove it")
 
     @property
     def chosen_by(self) -> set[str]:

@@ -21,34 +21,18 @@ from shoal.yaml_text import own_yaml
 if TYPE_CHECKING:
     from shoal.recipe.distill import Distill
 
-DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
-    "adam_beta2": 0.95,
-    "max_grad_norm": 1.0,
-    "num_train_epochs": 1,
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,  # asks the device in every micro-batch; a loss that is no number ends the training
-    "save_steps": 0.25,
-    "disable_tqdm": True,
-}
-"""What differs from transformers' own defaults, in a recipe and in Python."""
 HALVES = {"bf16": "bf16-mixed", "fp16": "fp16-mixed"}
 """Arguments that are distill.precision here."""
 OURS = ("use_liger_kernel", "torch_compile")
 """Arguments by which shoal does the work itself: its loss takes the place of a model's forward."""
 _REFUSED = own_yaml(__file__, "training_arguments.yaml")
+DEFAULTS: dict[str, Any] = _REFUSED["defaults"]
+"""What differs from transformers' own defaults, in a recipe and in Python."""
 REFUSED_ARGUMENTS: dict[str, str] = {
     name: why for names, why in _REFUSED["refused"].items() for name in names.split()
 } | refused("distill.trainer")
 """Training arguments that would be wrong, ignored or leaked here."""
-CHOICES = {
-    "lr_scheduler_type": ("trainer_utils.py", "class SchedulerType("),
-    "save_strategy": ("trainer_utils.py", "class SaveStrategy("),
-    "optim": ("training_args.py", "class OptimizerNames("),
-}
+CHOICES: dict[str, list[str]] = _REFUSED["choices"]
 """Training argument -> the file and the class of transformers that names what it may be."""
 OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "musgd", "muon")
 """DeepSpeed's own."""
@@ -58,21 +42,11 @@ BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """How ranks and micro-batches share the rows of one optimizer step."""
 MOST = 1e12
 """No training argument is as large."""
-RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("learning_rate", "weight_decay"), (0, 100)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), (0, 1)),
-    **dict.fromkeys(("max_grad_norm", "warmup_steps", "dataloader_num_workers"), (0, MOST)),
-    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps"), (1e-9, MOST)),
-    **dict.fromkeys(("save_total_limit", *BATCH_SPLIT), (1, MOST)),
-    "max_steps": (-1, MOST),
-}
+RANGES: dict[str, list[float]] = {name: ends for words, ends in _REFUSED["ranges"].items() for name in words.split()}
 """Training arguments that are at least the first and below the second number; transformers looks at few of them."""
 WHOLE = {"dataloader_num_workers", "save_total_limit", "max_steps", *BATCH_SPLIT}
 """Those of them that are whole numbers."""
-NEUTRAL = {
-    *("save_steps", "save_strategy", "save_total_limit"),
-    *("logging_steps", "disable_tqdm", "dataloader_num_workers", "ddp_timeout"),
-}
+NEUTRAL = {*_REFUSED["neutral"].split()}
 """Training arguments that change how the work is done and not its result: a run may go on with others."""
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 """Sections that say what is computed in."""

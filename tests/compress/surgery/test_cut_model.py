@@ -170,3 +170,9 @@ def test_layer_that_would_change_its_kind_is_refused() -> None:
     setattr(decoder_layers(teacher)[2].get_submodule("self_attn"), "sliding_window", 4)  # noqa: B010
     with pytest.raises(UserError, match=r"layer 2: its self_attn.sliding_window is 4 but would become None as layer 1"):
         cut_model(teacher, (0,))
+
+
+def test_a_model_that_has_trained_with_checkpointing_is_cut_too() -> None:
+    model = tiny_model("llama")
+    model.gradient_checkpointing_enable()
+    assert len(decoder_layers(cut_model(model, [1]))) == NUM_LAYERS - 1

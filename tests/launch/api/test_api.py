@@ -300,8 +300,8 @@ def test_a_model_beside_an_idle_accelerator_is_told_of(
     assert "model: is on the CPU and will compute there, so cuda is not used: call .to('cuda')" in caplog.text
 
 
-def plan_of(*, num_layers: int = 6) -> Plan:
-    return Plan(Provenance({}), num_layers, (2, 3), "")
+def plan_of(*, num_layers: int = 6, drop: tuple[int, ...] = (2, 3)) -> Plan:
+    return Plan(Provenance({}), num_layers, drop, "")
 
 
 def measured(model: Any, tokenizer: Any, **settings: Any) -> Importance:
@@ -331,6 +331,12 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
             lambda m, t: shoal.push_to_hub(m, t, "me/x", plan=plan_of()),
             r"shoal.push_to_hub: plan: keeps 4 layers, and the model has 6; pass its own",
         ),
+        (lambda m, t: shoal.push_to_hub(m, "t", "me/x", plan=plan_of(drop=())), r"tokenizer: is str; give a tokenizer"),
+        (lambda m, t: shoal.push_to_hub(m, t, "me/x", plan=plan_of(drop=()), scores=3), r"scores: is int; give Scores"),
+        (lambda m, t: shoal.push_to_hub(m, t, 3, plan=plan_of(drop=())), r"hub_repo: must be a string"),
+        (lambda m, t: shoal.cut_model(m.model, [1]), r"model: LlamaModel is not a causal language model"),
+        (lambda m, t: shoal.cut_model(m, [1], data=["x"]), r"cut_model: data: only changes are decided on text"),
+        (lambda m, t: shoal.cut_model(m, [1], tokenizer="t"), r"tokenizer: is str; give a tokenizer"),
         (
             lambda m, t: healed(m, t, trainer={"save_steps": 5}),
             r"trainer.save_steps: shoal.distill saves nothing; remove it, or use shoal.DistillationTrainer",
