@@ -273,7 +273,7 @@ def cache_dir() -> Path:
     """Folder of what shoal keeps between runs: $SHOAL_CACHE, else shoal's folder in the user's cache; of a user without
     a home, one for temporary files."""
     if named := os.environ.get("SHOAL_CACHE"):
-        return Path(named)
+        return Path(named).expanduser()
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "shoal"
     try:

@@ -208,7 +208,7 @@ def local_files(source: DataSource) -> list[Path] | None:
     """
     path, kinds, picks = Path(source.path).expanduser(), ", ".join(READERS), source.split != DataSource.split
     is_path = source.path.startswith((".", "/", "~")) or path.suffix.lower() in READERS or source.path.count("/") > 1
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted(path.glob("[!.]*")) if path.is_dir() else [path]  # hidden ones are of editors and file systems
     files = [file for file in files if file.is_file() and file.suffix.lower() in READERS]
     of_split = [file for file in files if file.stem == source.split or file.stem.startswith(f"{source.split}-")]
     is_bundled = source.path in BUNDLED or source.path in BUNDLED_ROWS

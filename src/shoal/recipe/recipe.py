@@ -134,12 +134,13 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     Raises:
         UserError: there is none, it is no mapping, or an override is none.
     """
-    if (file := _find_recipe(str(path))) is None:
-        raw, file = {"model": str(path)}, Path(path)
+    path = os.path.expanduser(path)  # Path would write ./model as model
+    if (file := _find_recipe(path)) is None:
+        raw, file = {"model": path}, Path(path)
     else:
         raw = _read_mapping(file)
         if Path(path).is_dir():
-            raw["run_dir"] = str(path)
+            raw["run_dir"] = path
     for override in overrides:
         if not override.startswith(f"{ALLOW}="):
             apply_override(raw, override)

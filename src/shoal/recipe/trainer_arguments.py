@@ -115,7 +115,7 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
         return {}
     if isinstance(source, dict):
         return _with_sections(json.loads(json.dumps(source)))
-    for file in (Path(source), CONFIGS_DIR / f"deepspeed/{source}.json"):
+    for file in (Path(source).expanduser(), CONFIGS_DIR / f"deepspeed/{source}.json"):
         if file.is_file():
             try:
                 config = json.loads(file.read_bytes())

@@ -107,6 +107,10 @@ def test_folder_with_splits_gives_the_files_of_one(tmp_path: Path) -> None:
         write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
     assert load_texts(DataSource(str(tmp_path))) == ["train-00000-of-00002", "train-00001-of-00002"]
     assert load_texts(DataSource(str(tmp_path), split="test")) == ["test"]
+    (tmp_path / "._part.jsonl").write_bytes(b"\0\5\26\7")  # of macOS, next to each file on a disk that is not its own
+    for file in tmp_path.glob("t*.jsonl"):
+        file.rename(file.with_name(f"part-{file.name}"))
+    assert len(load_texts(DataSource(str(tmp_path)))) == 4
 
 
 @pytest.mark.parametrize(("setting", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from shoal.atomic_files import cache_dir
 from shoal.errors import UserError
 from shoal.recipe.distill import SAMPLES, Distill, Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import CONFIGS_DIR
@@ -23,6 +24,7 @@ from shoal.recipe.messages import MOST_TOLD
 from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
 from shoal.recipe.section import TextSource, as_dict
+from shoal.recipe.trainer_arguments import read_deepspeed
 from shoal.yaml_text import own_yaml, read_yaml
 
 SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))
@@ -257,6 +259,16 @@ def test_shipped_recipe_is_found_by_its_name_and_a_local_one_first(
         load_recipe("elsewhere/small.yaml")
     (tmp_path / "small.yaml").write_text("model: local\nrun_dir: r\n")
     assert load_recipe("small.yaml").model == "local"
+
+
+def test_paths_may_begin_at_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a shell writes out, and neither Python, a YAML file nor a container's environment does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHOAL_CACHE", "~/cache")
+    (tmp_path / "mine.json").write_text('{"steps_per_print": 7}')
+    (tmp_path / "mine.yaml").write_text("model: m\nrun_dir: ~/r\ndistill: {deepspeed: ~/mine.json}\n")
+    assert read_deepspeed(load_recipe("~/mine.yaml").distill.deepspeed) == {"steps_per_print": 7}
+    assert cache_dir() == tmp_path / "cache"
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
