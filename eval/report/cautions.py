@@ -190,7 +190,7 @@ def _form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
         yield Caution(
             "More than was lost",
             "The distilled model beats its teacher in wordings that its training text does not have: the text taught "
-            "the ability itself, so these scores do not measure what pruning took.",
+            "the ability itself, so these scores do not measure the loss by pruning.",
             (f"Tasks: {named_or_counted(better)}.", told),
         )
     if learnt := [row for row in clear if row.form and row.form.is_learnt("distilled")]:
@@ -209,7 +209,7 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
     if at_chance := [row for row in silent if row not in unknown]:
         yield Caution("At chance from the start", f"{told}{named_or_counted(at_chance)}.", ends)
     if unknown:
-        lead = f"{told}{named_or_counted(unknown)}, but may be: there are too few items to show it."
+        lead = f"{told}{named_or_counted(unknown)}. With more items it might be."
         yield Caution("Not shown to be above chance", lead, ends)
     if few := [row for row in rows if row.any_score.n < FEW_ITEMS]:
         lead = f"Fewer than {FEW_ITEMS} items, so {FEW_ITEMS_MEAN}: {named_or_counted(few)}."
@@ -218,15 +218,15 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
         yield Caution(
             "Too few items for small changes",
             "“No clear change” does not mean no change: these items can show only larger ones.",
-            ("Smallest true change of one task that a test finds in four of five runs:", *hidden),
+            ("Smallest change of each task that these items would show in four of five cases:", *hidden),
         )
 
 
 def _hidden(rows: Sequence[Row], before: str, after: str) -> str:
     """The smallest change that would have been found, for all that are not clear; empty if all are clear."""
-    told = [f"{task_names([row])} {least}" for row in rows if (least := _detectable(row, before, after)) is not None]
+    told = [f"{task_names([row])}: {least}" for row in rows if (least := _detectable(row, before, after)) is not None]
     more = [f"and {len(told) - MAX_NAMES} more tasks"] if len(told) > MAX_NAMES else []
-    return f"{before.capitalize()} to {after}: {'; '.join([*told[:MAX_NAMES], *more])}." if told else ""
+    return f"From {before} to {after}: {'; '.join([*told[:MAX_NAMES], *more])}." if told else ""
 
 
 def _detectable(row: Row, before: str, after: str) -> str | None:
@@ -235,7 +235,7 @@ def _detectable(row: Row, before: str, after: str) -> str | None:
         return None
     least = minimal_detectable_difference(row.scores[before], row.scores[after])
     if math.isinf(least) or (is_share(row.any_score) and least >= 1):
-        return f"no change of any size (too few of {row.any_score.n:,} answers changed)"
+        return f"none (too few of {row.any_score.n:,} answers changed)"
     size = f"{100 * least:.1f} points" if is_share(row.any_score) else f"{least:.3f} {row.key[2].replace('_', ' ')}"
     return f"{size} ({row.any_score.n:,} items)"
 

@@ -101,7 +101,7 @@ def _came_back(shares: Shares) -> str:
     if change is not None and change.ci_low <= 0:
         return f"Distillation does not clearly recover anything: {points}."
     told = "scores above the teacher" if kept.value > 1 else f"keeps {wording.kept_text(kept)}"
-    return f"After training, the distilled model {told}{points and f', {points} against the pruned model'}."
+    return f"After training, the distilled model {told}{points and f'; its mean score rose by {points}'}."
 
 
 def _still_lost(shares: Shares) -> str:

@@ -164,7 +164,7 @@ def gap_table(rows: Sequence[Row]) -> Table:
         for likely, written, gap in protocol_gaps(rows, role):
             kept = [wording.kept_text(row.retained[role]) for row in (likely, written)]
             name = written.ability if written.any_score.family is None else wording.task_name(written)
-            items = "the same" if shares_items(likely, written) else "not the same"
+            items = "the same" if shares_items(likely, written) else "different"
             body.append((role, name, *kept, wording.points_text(gap, 0), items))
     columns = ("Model", "Ability or task", "Kept, by likelihood", "Kept, in generation", "Protocol gap", "Items")
     caption = "Protocol gap: share kept by likelihood minus share kept in generation. Above 0, likelihood hides a loss"
