@@ -150,23 +150,25 @@ class Row:
     def __len__(self) -> int:
         return self.filled
 
-    def add(self, source: int, document: TokenDocument, start: int = 0) -> int:
-        """Put in what fits of the document from ``start`` on; the number of tokens that did."""
-        size = min(self.room, len(document) - start)
-        place = slice(self.filled, self.filled + size)
-        self.input_ids[place] = document.ids[start : start + size]
-        self.position_ids[place] = np.arange(size)
-        self.supervised[place] = document.supervised[start : start + size]
+    def add(self, source: int, document: TokenDocument, start: int = 0, again: int | None = None) -> int:
+        """Put in what fits of the document from ``start`` on, behind ``again`` where an earlier row holds its beginning;
+        the number of tokens of the document that did."""
+        lead = 1 if start and again is not None else 0
+        size = min(self.room - lead, len(document) - start)
+        place = slice(self.filled, self.filled + lead + size)
+        self.input_ids[place] = [again] * lead + document.ids[start : start + size].tolist()
+        self.position_ids[place] = np.arange(lead + size)
+        self.supervised[place] = [False] * lead + document.supervised[start : start + size].tolist()
         self.supervised[self.filled] = False
         self.sources[place] = source
         count = self.counts.setdefault(source, dict.fromkeys(FIELDS, 0))
         count["documents"] += start == 0
-        count["tokens"] += size
+        count["tokens"] += lead + size
         count["supervised"] += int(self.supervised[place].sum())
         count["split"] += start + size < len(document)
         count["truncated"] += document.truncated if start == 0 else 0
         count["repeats"] = max(count["repeats"], document.epoch)
-        self.filled += size
+        self.filled += lead + size
         self.last_source = source
         return size
 
@@ -192,17 +194,23 @@ def draw(streams: Sequence[Iterator[Drawn]], weights: Sequence[float]) -> Iterat
         yield turn, document
 
 
-def split_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, padding_id: int) -> Iterator[Row]:
+def split_rows(
+    documents: Iterable[tuple[int, TokenDocument]], length: int, padding_id: int, start_id: int | None = None
+) -> Iterator[Row]:
     """Rows filled to the last token; what does not fit goes on in the next row. The last one, where documents end, is
-    padded."""
+    padded.
+
+    A document that begins with ``start_id`` has it again in every row that goes on with it. Models that have always read
+    that token first predict badly without it: Gemma 3 270M loses half a nat per token, and a student would learn that.
+    """
     row = Row(length)
     for source, document in documents:
         if document.image != NO_IMAGE:
             yield _row_of_image(source, document, length, padding_id)
             continue
-        start = 0
+        start, again = 0, start_id if document.ids[0] == start_id else None
         while start < len(document):
-            start += row.add(source, document, start)
+            start += row.add(source, document, start, again)
             if not row.room:
                 yield row
                 row = Row(length)

@@ -110,9 +110,8 @@ def pack(
     padded = packing == "bfd" or num_rows is None or has_images
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id) if padded else ()
     padding_id = next((token for token in ends if token is not None), 0)
-    fill = functools.partial(
-        best_fit_rows if packing == "bfd" else split_rows, length=sequence_length, padding_id=padding_id
-    )
+    filling = best_fit_rows if packing == "bfd" else functools.partial(split_rows, start_id=start_token(tokenizer))
+    fill = functools.partial(filling, length=sequence_length, padding_id=padding_id)
     rows = _filled(streams, [source.weight for source, _ in sources], fill, layout, once=num_rows is None)
     if has_images:
         rows = rows_by_kind(rows, layout.rows_per_step)
@@ -280,6 +279,12 @@ def _mixed(items: Iterator[Item], order: random.Random) -> Iterator[Item]:
         held += more
         size += added - size_of(item)
         yield item
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before every text, or None: a `bos_token` alone may belong to chats only."""
+    added = tokenizer("")["input_ids"][:1]
+    return tokenizer.bos_token_id if added == [tokenizer.bos_token_id] else None
 
 
 def first_tokens(text: str, encode: Callable[[str], list[T]], count: int) -> list[T]:
