@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shoal.artifacts.evaluation import NATS_PER_TOKEN, ItemScore, TaskScore
 from shoal.data.sources import load_texts
-from shoal.data.streams import first_tokens
+from shoal.data.streams import first_tokens, start_token
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.section import DataSource
@@ -43,8 +43,8 @@ class Window(NamedTuple):
 def perplexity(lm: CausalLM, settings: Eval, *, all_windows: Sequence[Window] = ()) -> TaskScore:
     """Mean negative log-likelihood per token of ``settings.perplexity_data``; exp of it is the perplexity.
 
-    A window never reaches over a document's end; every token is scored once, a window's first one after the start token
-    or its predecessor. Items are windows, weighted by their tokens. Ranks share the windows. Who scores again and again
+    A window never reaches over a document's end; every token is scored once, a window's first one after the start token,
+    its predecessor, or both if the tokenizer begins texts with a start token. Items are windows, weighted by their tokens. Ranks share the windows. Who scores again and again
     gives ``all_windows``, so that the text is read once.
 
     Raises:
@@ -93,13 +93,16 @@ def windows(tokenizer: PreTrainedTokenizerBase, settings: Eval, *, max_length: i
 def _source_windows(
     tokenizer: PreTrainedTokenizerBase, source: DataSource, budget: int, length: int
 ) -> Iterator[Window]:
-    prefix = prefix_token(tokenizer)
+    prefix, start = prefix_token(tokenizer), start_token(tokenizer)
+    length -= start is not None  # whose place in a window it takes
     texts: Sequence[str] = load_texts(source, max_characters=budget * CHARACTERS_PER_TOKEN)
     for number, text in enumerate(texts):
         ids = first_tokens(text, partial(tokenizer.encode, add_special_tokens=False), budget)
         budget -= len(ids)
         for index, pair in enumerate(get_rolling_token_windows(ids, prefix, length, context_len=1)):
             context, scored = make_disjoint_window(pair)
+            if index and start is not None:
+                context = [start, *context]
             digest = hashlib.sha256(repr((context, scored)).encode()).hexdigest()[:8]
             yield Window(f"{source.path}:{number}:{index}:{digest}", context, scored, float(len(scored)))
         if budget <= 0:

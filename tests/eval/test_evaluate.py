@@ -17,7 +17,7 @@ import torch
 from evaluations import SETTINGS, assert_same, load_tasks, run
 from pydantic import TypeAdapter
 from ranks import call_on_ranks
-from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import starting_tokenizer, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from shoal.artifacts.evaluation import Scores, TaskScore
 from shoal.errors import UserError
@@ -91,9 +91,11 @@ def test_how_a_model_writes_by_itself_identifies_its_scores(teacher: Path, tmp_p
 
 
 @pytest.mark.parametrize(("positions", "length"), [(64, 64), (4096, 512)])
-def test_perplexity_equals_a_plain_forward_over_each_window(positions: int, length: int) -> None:
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), starting_tokenizer()], ids=["plain", "starts"])
+def test_perplexity_equals_a_plain_forward_over_each_window(tokenizer: Any, positions: int, length: int) -> None:
     model = tiny_model("gemma3", max_position_embeddings=positions)
-    lm = CausalLM(model, tiny_tokenizer(), 4)
+    lm = CausalLM(model, tokenizer, 4)
+    starts = tokenizer("")["input_ids"] == [256]
     settings = Eval(perplexity_tokens=1500)
     found = perplexity(lm, settings)
     total, count, longest = 0.0, 0, 0
@@ -104,7 +106,9 @@ def test_perplexity_equals_a_plain_forward_over_each_window(positions: int, leng
         total -= float(log_probs.gather(1, ids[0, 1:, None])[len(context) - 1 :].sum())
         count += len(scored)
         longest = max(longest, len(scored))
-    assert (count, longest) == (1500, length)
+        assert len(ids[0]) <= positions + 1, "the last token is scored and not read"
+        assert context[0] == 256 or not starts
+    assert (count, longest) == (1500, length - starts)
     assert found.version == f"1.0, windows of {length} tokens"
     assert found.score == pytest.approx(total / count, abs=1e-5)
     assert sum(item.weight for item in found.items) == 1500

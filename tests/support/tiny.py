@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -84,6 +84,14 @@ def tiny_model(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
 def tiny_tokenizer(*, pad_token: bool = True) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: ids 0-255 are bytes, 256 <s>, 257 </s>, 258 <pad>; no text is unknown to it."""
     return _byte_tokenizer(merges=(), pad_token=pad_token)
+
+
+def starting_tokenizer() -> PreTrainedTokenizerFast:
+    """The same, and <s> comes before every text, as Gemma's and Llama's tokenizers put it."""
+    tokenizer = tiny_tokenizer()
+    begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SHAPE["bos_token_id"])])
+    tokenizer.backend_tokenizer.post_processor = begin
+    return tokenizer
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:

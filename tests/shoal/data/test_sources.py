@@ -17,7 +17,7 @@ import pytest
 import torch
 from datasets import Dataset
 from packed_rows import labels_of
-from tiny import KINDS, tiny_model, tiny_moe, tiny_tokenizer
+from tiny import KINDS, starting_tokenizer, tiny_model, tiny_moe, tiny_tokenizer
 
 from shoal.data import sources
 from shoal.data.bundled import BUNDLED
@@ -26,12 +26,12 @@ from shoal.data.general_text import ENCYCLOPAEDIA
 from shoal.data.packing import IGNORED, PLANES, PackedRows, read_rows
 from shoal.data.sources import documents_of as in_memory
 from shoal.data.sources import load_texts, opened, sources_fingerprint, texts_fingerprint
-from shoal.data.streams import Layout, pack
+from shoal.data.streams import Layout, pack, row_texts
 from shoal.errors import UserError
 from shoal.recipe.section import DataSource, Messages, Packing, PromptCompletion
 
 TEXTS = ["Erste Zeile.\nZweite.", "Ein zweites Dokument mit Ümläuten.", "3"]
-EOS = 257
+BOS, EOS, PAD = 256, 257, 258
 
 
 # --- sources
@@ -272,6 +272,16 @@ def test_positions_restart_at_every_document_and_every_row_and_counts_add_up() -
     assert borders in (len(documents), len(documents) + 1), "a document cut by the very end has no second half"
 
 
+def test_rows_that_go_on_with_a_document_begin_with_the_start_token_again() -> None:
+    texts = ["a" * 40, "b" * 3, "c" * 25]
+    rows = pack([(DataSource("x"), texts)], starting_tokenizer(), sequence_length=16, num_tokens=None, seed=0)
+    found = documents_of(rows)
+    assert all(document[0] == BOS or {*document} == {PAD} for document in found)
+    assert not rows[1]["labels"][rows.position_ids_NS[1] == 0].ne(IGNORED).any(), "the start token is not learnt"
+    assert sorted(text for _, text in row_texts(rows, starting_tokenizer()) if text) == sorted(texts)
+    assert rows.counts["x"]["tokens"] + rows.counts["x"]["padding"] == rows.input_ids_NS.numel()
+
+
 def test_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
     texts = [f"{n} und mehr" for n in range(50)]
     first, again, other = packed((1, texts)), packed((1, texts)), packed((1, texts), seed=1)
@@ -281,7 +291,7 @@ def test_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
 
 def test_end_token_is_not_doubled_where_the_tokenizer_adds_it() -> None:
     class Adding:
-        eos_token_id = EOS
+        bos_token_id, eos_token_id = None, EOS
 
         def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
             return {"input_ids": [[1, 2, EOS] for _ in texts]}
