@@ -43,9 +43,10 @@ class Window(NamedTuple):
 def perplexity(lm: CausalLM, settings: Eval, *, all_windows: Sequence[Window] = ()) -> TaskScore:
     """Mean negative log-likelihood per token of ``settings.perplexity_data``; exp of it is the perplexity.
 
-    A window never reaches over a document's end; every token is scored once, a window's first one after the start token,
-    its predecessor, or both if the tokenizer begins texts with a start token. Items are windows, weighted by their tokens. Ranks share the windows. Who scores again and again
-    gives ``all_windows``, so that the text is read once.
+    A window never reaches over a document's end; every token is scored once, a window's first one after the start
+    token, its predecessor, or both if the tokenizer begins texts with a start token. Items are windows, weighted by
+    their tokens. Ranks share the windows. Who scores again and again gives ``all_windows``, so that the
+    text is read once.
 
     Raises:
         UserError: text that cannot be read.
