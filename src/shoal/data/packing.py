@@ -151,8 +151,8 @@ class Row:
         return self.filled
 
     def add(self, source: int, document: TokenDocument, start: int = 0, again: int | None = None) -> int:
-        """Put in what fits of the document from ``start`` on, behind ``again`` if an earlier row holds its beginning; the
-        number of tokens of the document that did."""
+        """Put in what fits of the document from ``start`` on, behind ``again`` if an earlier row holds its beginning;
+        the number of tokens of the document that did."""
         lead = 1 if start and again is not None else 0
         size = min(self.room - lead, len(document) - start)
         place = slice(self.filled, self.filled + lead + size)
