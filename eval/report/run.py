@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal.artifacts.artifact import Artifact, differences
-from shoal.artifacts.evaluation import MODEL, ROLES, Scores, Speed
+from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Scores, Speed
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
@@ -16,6 +17,7 @@ from shoal.atomic_files import read_json
 from shoal.errors import UserError
 from shoal.recipe.remembered import refuse_misplaced
 
+log = logging.getLogger(__name__)
 OF_THE_STUDENT = ("student", "prune.", "control.")
 """Beginnings of inputs of a training in which a control differs from the student's."""
 A = TypeVar("A", bound=Artifact)
@@ -90,7 +92,7 @@ def read_run(folder: Path) -> Run:
     if not run.results:
         raise UserError(f"{folder}: has no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
     _refuse_mixed_runs(run)
-    _refuse_control_of_other_training(run)
+    _leave_out_control_of_other_training(run)
     return run
 
 
@@ -122,19 +124,20 @@ def _refuse_mixed_runs(run: Run) -> None:
                 )
 
 
-def _refuse_control_of_other_training(run: Run) -> None:
-    """Refuse a control that was trained on other text or with other settings than the distilled model beside it."""
-    control = read_result(Training, run.folder / "control" / Training.FILE)
-    if control is None or run.training is None or "control" not in run.evaluations:
+def _leave_out_control_of_other_training(run: Run) -> None:
+    """Forget the scores of a control that was trained on other text or with other settings than the distilled model, as
+    one that a recipe no longer asks for."""
+    control = read_result(Training, run.folder / CONTROL / Training.FILE)
+    if control is None or run.training is None or CONTROL not in run.evaluations:
         return
     own, others = run.training.provenance.inputs, control.provenance.inputs
     both = {key for key in own.keys() & others.keys() if not key.startswith(OF_THE_STUDENT)}
     if unlike := differences({key: own[key] for key in both}, {key: others[key] for key in both}):
-        raise UserError(
-            f"{run.folder / 'control' / Training.FILE}: the control was not trained as the distilled model was: "
-            f"{'; '.join(unlike)}. Run `shoal distill` and `shoal eval` with eval.control: true, or delete "
-            f"{run.folder / 'eval' / 'control.json'}"
+        del run.evaluations[CONTROL]
+        told = (
+            "control: is left out, since it was not trained as the distilled model was: %s; eval.control=true trains it"
         )
+        log.warning(told, "; ".join(unlike))
 
 
 def _identities(run: Run) -> dict[str, list[tuple[str, str, Any]]]:
