@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from shoal import ranks
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
 from shoal.progress import doing, loading
-from shoal.ranks import Loudness, refuse_variables, set_variables
+from shoal.ranks import Loudness, refuse_variables
 from shoal.redaction import printable, redacted, shortened
 from shoal.stopping import Stopped, on_stop, stop_at_once, watch_launcher
 
@@ -63,7 +63,8 @@ def _accept_streams() -> None:
 
 
 def _main(argv: list[str]) -> int:
-    set_variables()
+    for name, value in ranks.VARIABLES["unless_set"].items():
+        os.environ.setdefault(name, value)
     see_devices()
     asked = parse(argv)
     if not VERBS[asked.verb].reads_recipe:

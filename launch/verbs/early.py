@@ -216,14 +216,13 @@ def _files(asked: Asked) -> None:
     if asked.verb == "distill" and (asked.folder / Plan.FILE).is_file() and not any(models.values()):
         raise student_missing(asked.folder)
     for name, is_there in models.items():
-        if is_there and asked.verb in ("distill", *SCORE):
+        if is_there and asked.verb in ("distill", "report", "push", *SCORE):
             try:
                 files.check_checkpoint(asked.folder / name)
             except UserError as error:
                 again = "prune" if name == "student" else "distill"
-                raise UserError(
-                    f"{error}. shoal has made it: delete {asked.folder / name} and run `shoal {again}` again"
-                ) from error
+                what = str(error).partition(files.DOWNLOAD_AGAIN)[0].removesuffix("correct it, or ").rstrip("; ")
+                raise UserError(f"{what}; delete {asked.folder / name} and run `shoal {again}` again") from error
 
 
 def require_student_of(plan: Plan, run_dir: Path) -> None:
@@ -273,6 +272,8 @@ def _data(asked: Asked) -> None:
     from shoal.data.sources import documents, load_texts, local_files, nothing_in, opened
 
     for source in _sources(asked):
+        if source.path in BUNDLED:
+            opened(source)
         if source.path in NOT_APART:
             BUNDLED[source.path]()  # from a package that may be missing
         if source.path == AUTO or not local_files(source):  # a folder of this name is none of its text
@@ -446,7 +447,7 @@ LOOKS = (
     Look(_data, LOAD),
     Look(_model, LOAD),
     Look(_checkpoint, LOAD),
-    Look(_files, LOAD),
+    Look(_files, (*LOAD, "report", "push")),
     Look(_made, ("distill", "eval", "report", "push")),
     Look(_place, (*LOAD, "report"), if_written=True),
     Look(lambda asked: wandb_mode(asked.recipe.track), (*LOAD, "report", "push"), if_written=True),

@@ -225,7 +225,7 @@ def strict_json(text: str) -> Any:
     """The value of JSON that shoal has written, in which no number is NaN and no key stands twice."""
 
     def refuse(word: str) -> NoReturn:
-        raise ValueError(f"is not valid JSON ({word})")
+        raise json.JSONDecodeError(word, text, 0)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)

@@ -19,7 +19,7 @@ from shoal.redaction import printable, redacted
 from shoal.yaml_text import own_yaml
 
 log = logging.getLogger(__name__)
-_VARIABLES = own_yaml(__file__)
+VARIABLES = own_yaml(__file__)
 
 Loudness = Literal["quiet", "usual", "verbose"]
 """What is told beside results: warnings alone; what goes on; that of libraries, of other ranks and of refusals too."""
@@ -78,20 +78,14 @@ def refuse_no_address() -> None:
         )
 
 
-def set_variables() -> None:
-    """Set what torch reads as it loads, unless it is set."""
-    for name, value in _VARIABLES["unless_set"].items():
-        os.environ.setdefault(name, value)
-
-
 def refuse_variables() -> None:
     """Refuse a variable that no library understands, that changes what numbers are computed in, or that begins like
     ours and is none. Those of another launcher are removed."""
     for name in sorted(name for name in os.environ if name.startswith("SHOAL_")):
-        if name not in _VARIABLES["own"]:
-            raise UserError(f"{name}: shoal reads no such variable; {meant(name, _VARIABLES['own'], 'unset it')}")
+        if name not in VARIABLES["own"]:
+            raise UserError(f"{name}: shoal reads no such variable; {meant(name, VARIABLES['own'], 'unset it')}")
     is_rank = "RANK" in os.environ
-    for name, (form, words) in _VARIABLES["form"].items():
+    for name, (form, words) in VARIABLES["form"].items():
         value = os.environ.get(name)
         if value is not None and not re.fullmatch(form, value.strip()) and not (is_rank and "MPI" in words):
             raise UserError(f"{name}: must be {words} (got {value!r}); set it so, or unset it")
@@ -101,7 +95,7 @@ def refuse_variables() -> None:
 
 def forget_launchers() -> list[str]:
     """Remove what a launcher of accelerate has set, which would count for more than the settings; its names."""
-    found = sorted(name for name in os.environ if name.startswith(tuple(_VARIABLES["passed_over"])))
+    found = sorted(name for name in os.environ if name.startswith(tuple(VARIABLES["passed_over"])))
     for name in found:
         del os.environ[name]
     return found

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from shoal.artifacts.artifact import Artifact, Json, Tabular
-from shoal.atomic_files import write_text
+from shoal.atomic_files import strict_json, write_text
 from shoal.recipe.section import adapter
 from shoal.task_words import Column
 
@@ -174,11 +174,13 @@ class Scores(Tabular, Artifact):
         items: dict[tuple[Any, ...], list[Any]] = {}
         try:
             for line in filter(None, items_file(path).read_text(encoding="utf-8").split("\n")):
-                item = json.loads(line)
+                item = strict_json(line)
                 items.setdefault(_key(item), []).append(item)
             return {**body, "tasks": [{**task, "items": items.get(_key(task), [])} for task in body.get("tasks", [])]}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"its tasks or items do not have the expected fields ({error!r})") from error
+        except ValueError as error:
+            raise ValueError(f"its items file {items_file(path).name} is not valid JSON ({error})") from error
 
     @property
     def engine(self) -> str:

@@ -23,7 +23,8 @@ from shoal.model_names import ADAPTER_CONFIG
 from shoal.yaml_text import own_yaml
 
 DOWNLOAD_AGAIN = "create or download the checkpoint again"
-MOST = {name: number for words, number in own_yaml(__file__).items() for name in words.split()}
+_KNOWN = own_yaml(__file__)
+MOST = {name: number for words, number in _KNOWN["most"].items() for name in words.split()}
 """Numbers of a config.json that have to be above 0 -> no model has more."""
 DIVIDE = (("num_key_value_heads", "num_attention_heads"), ("num_attention_heads", "hidden_size"))
 """Whole numbers of which the first has to divide the second; the last pair only if no key names the size of a head."""
@@ -231,9 +232,15 @@ def check_config(folder: Path) -> None:
     sections += [each for each in of_kinds if isinstance(each, dict)]
     for section, (name, most) in itertools.product(sections, MOST.items()):
         number = section.get(name)  # some families have a list, one for each layer
-        if isinstance(number, str | bool) or (isinstance(number, int | float) and not 0 < number <= most):
+        is_half = isinstance(number, float) and type(most) is int and most > 1
+        if isinstance(number, str | bool) or (isinstance(number, int | float) and (is_half or not 0 < number <= most)):
             raise UserError(f"{folder}: config.json has {name}: {number!r}; correct it, or {DOWNLOAD_AGAIN}")
     text = text_part(config)
+    wrong = [name for name in _KNOWN["flags"].split() if not isinstance(text.get(name), bool | None)]
+    tokens = {name: own if isinstance(own := text.get(name), list) else [own] for name in _KNOWN["tokens"].split()}
+    wrong += [name for name, own in tokens.items() if not all(type(each) in (int, type(None)) for each in own)]
+    if wrong:
+        raise UserError(f"{folder}: config.json has {wrong[0]}: {text[wrong[0]]!r}; correct it, or {DOWNLOAD_AGAIN}")
     has_size = any(text[key] and re.search("head_dim|head_size|kv_channels|d_kv", key) for key in text)
     for name, other in DIVIDE[: 2 - has_size]:
         part, whole = text.get(name), text.get(other)

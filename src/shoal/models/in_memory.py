@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from shoal.errors import UserError
 from shoal.machine import fast_dtype
 from shoal.model_names import DEMO_PREFIX, refuse_no_model
-from shoal.models.anatomy import text_config
+from shoal.models.anatomy import decoder_body, text_config
 from shoal.models.attention import named
 from shoal.models.checkpoint_files import NOT_CAUSAL
 from shoal.models.families import family
@@ -73,13 +73,19 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
         raise UserError(
             f"{name}: is {type(model).__name__}; give a model of transformers (of PEFT: merge_and_unload() first)"
         )
-    if not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError(f"{name}: is on the meta device and has no weights; load it with from_pretrained")
-    if any(".base_layer." in each for each, _ in model.named_parameters()):
-        raise UserError(f"{name}: holds adapters of PEFT; merge them into its weights first")
+    count = getattr(text_config(model.config), "num_hidden_layers", sys.maxsize)
+    numbers = [getattr(module, "layer_idx", None) or 0 for module in decoder_body(model).modules()]
     writes = model.can_generate() or model.get_output_embeddings() is not None
-    if not writes or getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"{name}: {type(model).__name__} {NOT_CAUSAL}")
+    is_empty = not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters())
+    wrong = {
+        "is on the meta device and has no weights; load it with from_pretrained": is_empty,
+        f"{type(model).__name__} {NOT_CAUSAL}": not writes or getattr(model.config, "is_encoder_decoder", False),
+        "holds adapters of PEFT; merge them first": any(".base_layer." in each for each, _ in model.named_parameters()),
+        f"numbers a layer beyond its {count}; drop layers with shoal.cut_model": max(numbers) >= count,
+        "its config.return_dict is false; set it to True": getattr(model.config, "return_dict", True) is False,
+    }
+    if problem := next(filter(wrong.get, wrong), None):
+        raise UserError(f"{name}: {problem}")
     kernels, kind = getattr(model.config, "_attn_implementation", None) or "sdpa", text_config(model.config)
     attention = named(kernels)
     exception = family(kind.model_type).no_flash if attention == "flash" and kernels != VARLEN else ""

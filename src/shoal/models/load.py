@@ -99,6 +99,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not isinstance(tokenizer.model_max_length, int | float):
             raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}")
+        tokenizer("a")  # a class may not fit its files
     rows = _embedding_rows(folder, tokenizer, trust_remote_code=trust_remote_code)
     if rows is not None:
         refuse_ids_beyond(rows, tokenizer, str(folder))

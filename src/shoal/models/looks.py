@@ -57,7 +57,15 @@ def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bo
     is_named = types and isinstance(dtype, str) and "float" in dtype
     if is_named and f"\n{dtype.removeprefix('torch.')}: dtype" not in types:
         wrong["dtype"] = dtype
+    if not isinstance(dtype, str | dict | None):
+        wrong["dtype"] = repr(dtype)
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, dict) and not any(key.startswith(("quant_method", "load_in")) for key in quantised):
+        wrong["quantization_config"] = "one without a quant_method"
     layers, count = text.get("layer_types"), text.get("num_hidden_layers")
+    for kind in layers if isinstance(layers, list) and own else ():
+        if f'"{kind}"' not in words + source("transformers", "configuration_utils.py"):
+            wrong["layer_types"] = str(kind)
     is_own = re.search(r"self\.layer_types\[|validate_layer_type", own)
     if isinstance(layers, list) and type(count) is int and len(layers) != count and not is_own:
         wrong["layer_types"] = f"{len(layers)} of them next to num_hidden_layers {count}"

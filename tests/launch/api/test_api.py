@@ -304,6 +304,11 @@ def plan_of(*, num_layers: int = 6, drop: tuple[int, ...] = (2, 3)) -> Plan:
     return Plan(Provenance({}), num_layers, drop, "")
 
 
+def with_config(model: Any, **settings: Any) -> Any:
+    vars(model.config).update(settings)
+    return model
+
+
 def measured(model: Any, tokenizer: Any, **settings: Any) -> Importance:
     return shoal.measure_importance(model, tokenizer, TEXTS, **settings)
 
@@ -334,6 +339,8 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
         (lambda m, t: shoal.push_to_hub(m, "t", "me/x", plan=plan_of(drop=())), r"tokenizer: is str; give a tokenizer"),
         (lambda m, t: shoal.push_to_hub(m, t, "me/x", plan=plan_of(drop=()), scores=3), r"scores: is int; give Scores"),
         (lambda m, t: shoal.push_to_hub(m, t, 3, plan=plan_of(drop=())), r"hub_repo: must be a string"),
+        (lambda m, t: measured(with_config(m, num_hidden_layers=5), t), r"model: numbers a layer beyond its 5; drop"),
+        (lambda m, t: measured(with_config(m, return_dict=False), t), r"model: its config.return_dict is false; set"),
         (lambda m, t: shoal.cut_model(m.model, [1]), r"model: LlamaModel is not a causal language model"),
         (lambda m, t: shoal.cut_model(m, [1], data=["x"]), r"cut_model: data: only changes are decided on text"),
         (lambda m, t: shoal.cut_model(m, [1], tokenizer="t"), r"tokenizer: is str; give a tokenizer"),
