@@ -145,6 +145,7 @@ def written_folder(path: Path, *, key: str | None = None, setting: str = "run_di
         UserError: another process writes it with the same key, or the disk cannot take it.
     """
     with explained_disk_errors(path, setting=setting):
+        path = path.resolve() if path.is_symlink() else path  # a link to a larger disk stays, and the folder goes there
         make_folder(path.parent, setting=setting)
         aside = path.with_name(f".{path.name}.old")
         if aside.exists() and not path.exists():  # a process died between two renames

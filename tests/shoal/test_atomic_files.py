@@ -64,6 +64,16 @@ def test_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert os.listdir(tmp_path / "student") == ["b"]
 
 
+def test_a_link_to_a_folder_on_another_disk_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "student").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "student").symlink_to(tmp_path / "disk" / "student")
+    with written_folder(tmp_path / "run" / "student") as folder:
+        (folder / "a").write_text("new")
+    assert os.listdir(tmp_path / "run") == os.listdir(tmp_path / "disk") == ["student"]
+    assert (tmp_path / "disk" / "student" / "a").read_text() == "new"
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "renameat2"), reason="this system cannot exchange two names")
 def test_folder_is_there_at_every_moment_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever dies between two renames would leave none."""
