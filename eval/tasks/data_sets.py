@@ -290,7 +290,7 @@ def read_data_sets(folder: Path) -> dict[str, DataSet]:
 def _data_sets_in(folder: Path, files: Stamps) -> dict[str, DataSet]:
     described: dict[str, DataSet] = {}
     for file in (Path(name) for name, *_ in files):
-        text = read_text(file)
+        text = read_text(file).removeprefix("\ufeff")
         if not any(line.startswith("dataset:") for line in text.splitlines()):
             continue
         try:

@@ -55,9 +55,9 @@ def refuse_unknown(
     folders = task_folders(include_path)
     described, tags = described_tasks(folders)
     for file in (file for folder in folders[2:] for file in sorted(folder.rglob("*.yaml"))):
-        if any(name in read_text(file) for name in names):
+        if NAMES.search(text := read_text(file).removeprefix("\ufeff")) and any(name in text for name in names):
             _refuse_task_file(file)
-            if taken := next((name for name in TASKS.findall(read_text(file)) if name in described), None):
+            if taken := next((name for name in TASKS.findall(text) if name in described), None):
                 raise UserError(f"{file}: task: {taken!r} is a task of shoal's, which would be scored; rename yours")
     for name in names:
         if name not in described and name not in tags and name not in _defined(folders):
@@ -279,4 +279,4 @@ def _collection() -> dict[str, str]:
 
 def _texts(folder: Path) -> Iterator[str]:
     """The text of every YAML file in a folder and below it."""
-    return (file.read_text(encoding="utf-8", errors="replace") for file in sorted(folder.rglob("*.yaml")))
+    return (file.read_text(encoding="utf-8-sig", errors="replace") for file in sorted(folder.rglob("*.yaml")))

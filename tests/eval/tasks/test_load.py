@@ -169,6 +169,20 @@ def test_what_a_data_set_is_about_is_no_part_of_its_identity(monkeypatch: pytest
         assert (naming.tasks_fingerprint(["knowledge_generation"], None) == before) is same
 
 
+def test_other_files_next_to_task_files_may_be_anything(tmp_path: Path) -> None:
+    """A manifest of a cluster names the task, too; Windows begins a file with a mark of its encoding."""
+    (tmp_path / "own.yaml").write_text("\ufeff" + OWN_TASK.format(name="own", data="x"), encoding="utf-8")
+    described = (
+        (naming.TASKS_DIR / "datasets" / "knowledge.yaml").read_text().replace("dataset: knowledge", "dataset: mine")
+    )
+    (tmp_path / "sets.yaml").write_text("\ufeff" + described, encoding="utf-8")
+    (tmp_path / "job.yaml").write_text("args: [eval, 'eval.tasks=[own]']\n---\nimage: !Ref own\n")
+    naming.refuse_unknown(["own", "mine_generation"], tmp_path)
+    (tmp_path / "own.yaml").write_text("task: own\nmetadata: [\n")
+    with pytest.raises(UserError, match=r"own.yaml: is not a task file"):
+        naming.refuse_unknown(["own"], tmp_path)
+
+
 def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Path) -> None:
     """Also where a set lies deeper, or its file has another ending; a run that writes beside them changes nothing."""
     (tmp_path / "own.yaml").write_text(
