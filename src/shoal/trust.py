@@ -29,12 +29,8 @@ KEY_BYTES = 32
 
 def is_trusted(path: Path) -> bool:
     """Whether the user vouches for ``path`` or a folder that it lies in."""
-    named = (
-        Path(os.path.realpath(Path(entry).expanduser()))
-        for entry in os.environ.get(CONSENT, "").split(os.pathsep)
-        if entry
-    )
-    return any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in named)
+    entries, own = filter(None, os.environ.get(CONSENT, "").split(os.pathsep)), Path(os.path.realpath(path))
+    return any(own.is_relative_to(os.path.realpath(os.path.expanduser(entry))) for entry in entries)
 
 
 def signed(document: dict[str, Any]) -> dict[str, Any]:

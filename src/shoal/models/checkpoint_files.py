@@ -328,11 +328,8 @@ def tokenizer_fingerprint(folder: Path) -> str:
     settings = json_or_empty(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"
     chat = read_text(template) if template.is_file() else settings.get("chat_template")
-    tokens = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key in TOKENIZER_SETTINGS
-        if (value := settings.get(key))
-    }
+    own = {key: value for key in TOKENIZER_SETTINGS if (value := settings.get(key))}
+    tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in own.items()}
     digest.update(json.dumps([tokens, chat], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
