@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.artifacts.evaluation import ROLES, Scores
+from shoal.artifacts.evaluation import CONTROL, ROLES, Scores
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
@@ -42,5 +42,6 @@ def scores_text(run: Run) -> str:
 
 
 def _scores(run: Run) -> dict[str, Scores]:
-    files = {role: run.dir / "eval" / f"{role}.json" for role in ROLES}
+    asked = [role for role in ROLES if role != CONTROL or run.recipe.eval.control]
+    files = {role: run.dir / "eval" / f"{role}.json" for role in asked}
     return {role: Scores.load(file) for role, file in files.items() if file.is_file()}

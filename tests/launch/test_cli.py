@@ -14,18 +14,21 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cases import cases
 from ranks import as_rank
+from results import evaluation
 
 from shoal.launch import arguments, cli
 from shoal.launch.cli import main, run_verb
 from shoal.launch.help.explain import explanation
 from shoal.launch.verbs import launch, prune
 from shoal.launch.verbs.launch import GOES_ON
+from shoal.launch.verbs.results import result
 from shoal.launch.verbs.run import Run
 from shoal.recipe.recipe import apply_override, parse_recipe, read_settings, settled
 
@@ -170,6 +173,14 @@ def test_defect_of_ours_keeps_its_traceback(recipe: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(prune, "prune", fail)
     with pytest.raises(ZeroDivisionError):
         run_verb("prune", recipe, [])
+
+
+@pytest.mark.parametrize("control", [True, False, None])
+def test_scores_of_a_control_are_told_where_one_is_asked_for(tmp_path: Path, control: bool | None) -> None:
+    """Those that lie there may be of other settings."""
+    replace(evaluation("teacher"), role="control").save(tmp_path / "eval" / "control.json")
+    run = Run(parse_recipe({"model": "m", "run_dir": str(tmp_path), "eval": {"control": control}}))
+    assert bool(result("eval", run)["scores"]) == bool(control)
 
 
 class Launcher:
