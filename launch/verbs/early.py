@@ -43,7 +43,7 @@ from shoal.recipe.measure import METRICS, no_metric, not_measured
 from shoal.recipe.prune import NO_CORNERSTONE, CutThese, Width
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import LOCK
-from shoal.recipe.section import AUTO, DataSource
+from shoal.recipe.section import AUTO, DataSource, Shapes, shaping
 from shoal.recipe.trainer_arguments import precisions_said, read_deepspeed, refuse_deepspeed, refuse_training
 from shoal.tracking.wandb_run import wandb_mode
 
@@ -257,9 +257,13 @@ def _made(asked: Asked) -> None:
     if not file.is_file() or not any(there):
         return
     plan = Plan.load(file)
-    if asked.plain is not None and "model" in plan.provenance.inputs:
-        inputs = plan.provenance.inputs | {"model": files.model_fingerprint(asked.plain)}
-        Identity(Plan, file, inputs, "prune").require()
+    inputs = plan.provenance.inputs
+    if asked.verb != "push" and "model" in inputs:  # not of a plan from Python
+        inputs = {key: own for key, own in inputs.items() if not key.startswith("prune.")}
+        inputs |= shaping(asked.recipe.prune, Shapes.PLAN, "prune.")
+    if asked.plain is not None and "model" in inputs:
+        inputs = inputs | {"model": files.model_fingerprint(asked.plain)}
+    Identity(Plan, file, inputs, "prune").require()
     require_student_of(plan, asked.folder)
     if there[1] and asked.verb != "distill":  # which restores it
         require_model_of(model, Training.FILE, Training.load(trained).settings.get("distilled"))
