@@ -144,7 +144,7 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
     texts = ("task: unheard_of\ntag: einfach\n# of qqq-old", "group: 'dreifach'\n")
-    monkeypatch.setattr(naming, "_collection", lambda: naming._names(texts))
+    monkeypatch.setattr(naming, "_collection", lambda: dict.fromkeys(naming._names(texts), ""))
 
 
 @pytest.mark.usefixtures("no_collection")
@@ -181,6 +181,22 @@ def test_other_files_next_to_task_files_may_be_anything(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("task: own\nmetadata: [\n")
     with pytest.raises(UserError, match=r"own.yaml: is not a task file"):
         naming.refuse_unknown(["own"], tmp_path)
+
+
+def test_without_the_hub_its_data_has_to_be_in_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"HF_HUB_OFFLINE": True, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    for name, value in places.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    monkeypatch.setattr(naming, "_collection", lambda: {"far": "Org/FarData"})
+    with pytest.raises(UserError, match="its data set Org/FarData is not in the cache, and HF_HUB_OFFLINE is set"):
+        naming.refuse_offline(["far"], None)
+    (tmp_path / "far.yaml").write_text(OWN_TASK.format(name="far", data="x"))
+    naming.refuse_offline(["far"], tmp_path)  # which lm-eval takes
+    for folder in (tmp_path / "home/datasets/Org___far_data", tmp_path / "hub/datasets--Org--FarData"):
+        folder.mkdir(parents=True)
+        naming.refuse_offline(["far"], None)
+        folder.rmdir()
 
 
 def test_a_folder_of_data_is_identified_by_what_its_data_sets_read(tmp_path: Path) -> None:
