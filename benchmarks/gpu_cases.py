@@ -66,14 +66,8 @@ CASES = [Case(**LISTED["groups"][case["group"]] | case) for case in LISTED["case
 def recipe_of(case: Case, size: Size, folder: Path) -> dict[str, Any]:
     """The recipe of a training, whose model is the configuration in ``folder``."""
     settings: dict[str, Any] = {"precision": "bf16-mixed", "watch": None, "deepspeed": "zero2", **case.distill}
-    trainer = {
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "per_device_train_batch_size": size.rows,
-        "gradient_accumulation_steps": size.accumulation,
-        **settings.get("trainer", {}),
-    }
+    split = {"per_device_train_batch_size": size.rows, "gradient_accumulation_steps": size.accumulation}
+    trainer = {"trainer": LISTED["trainer"] | split | settings.get("trainer", {})}
     tokens = case.steps * size.rows * size.accumulation * size.length
     return {
         "model": str(folder),
@@ -82,12 +76,6 @@ def recipe_of(case: Case, size: Size, folder: Path) -> dict[str, Any]:
         **case.recipe,
         "prune": {"drop": size.drop},
         # one source, so that no loss term is for some of it alone: rows are drawn, and no text is read
-        "distill": {
-            "data": "python_docs",
-            "num_tokens": tokens,
-            "sequence_length": size.length,
-            **settings,
-            "trainer": trainer,
-        },
+        "distill": {"data": "python_docs", "num_tokens": tokens, "sequence_length": size.length, **settings} | trainer,
         "track": {"wandb": "off"},
     }

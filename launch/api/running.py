@@ -216,8 +216,8 @@ def push_to_hub(
     Example:
         >>> shoal.push_to_hub(student, tokenizer, "me/shallow", plan=plan, training=training, scores=[teacher, pruned])
     """
-    scores = scores if isinstance(scores, list | tuple) else [scores]
-    plan = _plan_of_all(plan, model, training, scores)
+    every: list[Any] = [*scores] if isinstance(scores, list | tuple) else [scores]
+    plan = _plan_of_all(plan, model, training, every)
     known = require_tokenizer(tokenizer, model)
     tokenizer = known if tokenizer is None else tokenizer  # as it is, without a pad token that it lacks
     repo_id, private = _repository(repo_id, private=private)
@@ -228,7 +228,7 @@ def push_to_hub(
         model.save_pretrained(folder / "distilled")
         tokenizer.save_pretrained(folder / "distilled")
         model.config.save_pretrained(folder / "student")
-        Run(folder, None, plan, training, {one.role: one for one in scores}).save(folder)
+        Run(folder, None, plan, training, {one.role: one for one in every}).save(folder)
         name = plan.provenance.model  # of a model made in memory its family
         told = {"model": name if "/" in name else None, "export": {"hub_repo": repo_id}}
         told["distill"] = {**healing, "data": sources}
