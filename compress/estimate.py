@@ -67,7 +67,7 @@ def cut_estimate(
         *([f"llama.cpp: would run another model: {problem}"] if (problem := misreading(config)) else []),
         disk_line(stored[1], out),
         *(change.words(models[0], plan, num_tokens) for change in changes),
-        f"check: by its files, and the kind and settings of every layer; {not_run or 'and by running both models'}",
+        f"check:   files, kind and settings of layers, {f'not the output: {not_run}' if not_run else 'output'}",
     ]
     width = stored[0] / costs[0].num_parameters if is_quantised else runs_in.itemsize
     return paragraphs([about, *_sizes(costs, stored, width, usual_length(teacher.config)), further]), stored[1]

@@ -115,7 +115,7 @@ def _time(job: Job, step: StepTime) -> list[str]:
         f"{duration_text(spec.num_steps * seconds)} for {spec.num_steps * spec.tokens_per_step:,} tokens "
         f"({flops_per_token(job) / 1e9:.3g} GFLOP a token)",
         f"  {step.source}",
-        f"  {step.left_out}recording, scoring, sampling and checkpoints come on top",
+        f"  {step.left_out}recording, scoring, sampling and checkpoints are not counted",
     ]
 
 

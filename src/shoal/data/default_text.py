@@ -99,7 +99,7 @@ LICENCES = {
 def default_text(num_parameters: int) -> DefaultText:
     """Which text stands for `auto` with a model of so many parameters; the Hub is asked, unless it is a small one."""
     if num_parameters < SMALL:
-        return DefaultText("bundled", f"a model of {count_text(num_parameters)} parameters is small: use it for trials")
+        return DefaultText("bundled", f"a model of {count_text(num_parameters)} parameters is only for trials")
     name = TRAINING["public"][0].path
     if constants.HF_HUB_OFFLINE:
         return DefaultText("bundled", "HF_HUB_OFFLINE is set; it is only about software, and broad text recovers more")
