@@ -180,7 +180,7 @@ def goals_asked(goals: Iterable[Goal]) -> Goals:
     all_goals = Goals(tuple(goals))
     if all_goals.reached(()):
         raise UserError(
-            f"prune.target: all of it holds without dropping a layer: {all_goals.in_words(())}; set a stricter "
+            f"prune.target: is reached without dropping a layer: {all_goals.in_words(())}; set a stricter "
             "target, or remove prune.target"
         )
     return all_goals

@@ -23,7 +23,7 @@ def add_keys(sub: argparse.ArgumentParser, sections: Sequence[str]) -> None:
     """Give the parser of a verb an option for every key of these sections, and for the recipe's own."""
     known = dict(places())
     for name in (*sections, ""):
-        about = f"{name}: {first_sentence(meaning(known[name]))}" if name else "of every command"
+        about = f"{name}: {first_sentence(meaning(known[name]))}" if name else "for every command"
         group = sub.add_argument_group(about)
         for place, own in known.items():
             is_own = place.rpartition(".")[0] == name and "properties" not in own

@@ -177,8 +177,8 @@ def test_a_stand_in_reaches_the_target_before_there_are_scores() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ({"params": 1265}, r"all of it holds without dropping a layer: params 1,265"),
-        ({"memory_gb": 1}, r"all of it holds without dropping a layer: memory_gb .* \(asked: 1\)"),
+        ({"params": 1265}, r"is reached without dropping a layer: params 1,265"),
+        ({"memory_gb": 1}, r"is reached without dropping a layer: memory_gb .* \(asked: 1\)"),
     ],
 )
 def test_a_target_that_the_model_reaches_is_refused(target: dict[str, Any], message: str) -> None:

@@ -70,7 +70,7 @@ def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bo
     if isinstance(layers, list) and type(count) is int and len(layers) != count and not is_own:
         wrong["layer_types"] = f"{len(layers)} of them next to num_hidden_layers {count}"
     for key, word in wrong.items() if own else ():
-        told = f"config.json has {key}: {word}, which transformers does not take"
+        told = f"config.json has {key}: {word}, which transformers does not know"
         raise UserError(f"{name}: {told}; correct it, or {files.DOWNLOAD_AGAIN}")
 
 

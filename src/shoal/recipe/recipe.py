@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 def _no_mark(project: str) -> str:
     if marks := [letter for letter in project if letter in r"/\#?%:"]:
-        raise ValueError(f"holds {marks[0]}, which W&B takes in no name; leave it out")
+        raise ValueError(f"contains {marks[0]}, which W&B does not allow in names; remove it")
     return project
 
 

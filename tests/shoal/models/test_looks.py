@@ -74,7 +74,7 @@ def test_weights_of_another_model_are_refused(changes: dict[str, Any], message: 
         ({"model_type": 3}, "does not know the architecture"),
         ({"model_type": "nope", "auto_map": {"AutoConfig": "a.B"}}, "needs code that comes with the checkpoint"),
         ({"model_type": "t5"}, "t5: is not a causal language model"),
-        ({"hidden_act": "nope"}, "config.json has hidden_act: nope, which transformers does not take"),
+        ({"hidden_act": "nope"}, "config.json has hidden_act: nope, which transformers does not know"),
         ({"rope_parameters": {"rope_type": "magic"}}, "config.json has rope_type: magic"),
         ({"dtype": "float99"}, "config.json has dtype: float99"),
         ({"layer_types": ["full_attention"]}, "config.json has layer_types: 1 of them next to num_hidden_layers 6"),
