@@ -105,7 +105,7 @@ def _sizes(costs: tuple[Cost, Cost], stored: tuple[int, int], width: float, leng
     reads = "reading weights and cache" if is_known else "reading weights"
     return aligned([("", "before", "after", "ratio"), *cells]), [
         "expected, not measured:",
-        f"  decode  {read[0] / read[1]:.2f} x as fast (one sequence after {length:,} tokens), if {reads} takes all "
-        f"the time ({bytes_text(read[0])} a token, then {bytes_text(read[1])})",
+        f"  decode  {read[0] / read[1]:.2f} x as fast (one sequence after {length:,} tokens), if all time goes "
+        f"into {reads} ({bytes_text(read[0])} a token, then {bytes_text(read[1])})",
         *([] if is_known else ["  not counted: the cache, which for this family is only known by running it"]),
     ]

@@ -194,5 +194,5 @@ def _goals(target: Target, sizes: LayerSizes) -> Iterator[Goal]:
             math.floor(whole / target.speedup),
             tuple(sizes.layer_read(layer, batch, length) for layer in range(sizes.num_layers)),
             lambda amount: f"{whole / amount:.4g} x",
-            f"{conditions}, if reading weights and cache takes all the time",
+            f"{conditions}, if all time goes into reading weights and cache",
         )

@@ -107,7 +107,7 @@ def _training(run: Run) -> list[Stage]:
     has_plan = (run.dir / Plan.FILE).is_file()
     plan = prune.read_plan(run) if has_plan else prune.expected_plan(run)
     stage = training_estimate(run, plan)
-    return [replace(stage, told=f"cut:     {plan.reason}\n{stage.told}")]
+    return [replace(stage, told=f"drops:   {plan.reason}\n{stage.told}")]
 
 
 def _record(run: Run) -> list[Stage]:
