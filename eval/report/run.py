@@ -134,9 +134,7 @@ def _leave_out_control_of_other_training(run: Run) -> None:
     both = {key for key in own.keys() & others.keys() if not key.startswith(OF_THE_STUDENT)}
     if unlike := differences({key: own[key] for key in both}, {key: others[key] for key in both}):
         del run.evaluations[CONTROL]
-        told = (
-            "control: is left out, since it was not trained as the distilled model was: %s; eval.control=true trains it"
-        )
+        told = "control: not used, as its training differs from the distilled model's: %s; eval.control=true trains it"
         log.warning(told, "; ".join(unlike))
 
 

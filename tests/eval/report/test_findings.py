@@ -150,4 +150,4 @@ def test_a_control_of_another_training_is_left_out(folder: Path, caplog: pytest.
     assert "control" in read_run(folder).evaluations
     write(folder, "control/distill.json", results.training(), **told | {"data": "other text"})
     assert "control" not in read_run(folder).evaluations
-    assert "not trained as the distilled model was: data is 'text' in this recipe but 'other text' there" in caplog.text
+    assert "differs from the distilled model's: data is 'text' in this recipe but 'other text' there" in caplog.text
