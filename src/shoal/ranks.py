@@ -79,11 +79,11 @@ def refuse_no_address() -> None:
 
 
 def refuse_variables() -> None:
-    """Refuse a variable that no library understands, that changes what numbers are computed in, or that begins like
-    ours and is none. Those of another launcher are removed."""
+    """Refuse a variable that no library understands, that changes what numbers are computed in, or that is
+    almost one of ours. Those of another launcher are removed."""
     for name in sorted(name for name in os.environ if name.startswith("SHOAL_")):
-        if name not in VARIABLES["own"]:
-            raise UserError(f"{name}: shoal reads no such variable; {meant(name, VARIABLES['own'], 'unset it')}")
+        if name not in VARIABLES["own"] and (hint := meant(name, VARIABLES["own"], "", cutoff=0.8)):
+            raise UserError(f"{name}: shoal reads no such variable; {hint}")
     is_rank = "RANK" in os.environ
     for name, (form, words) in VARIABLES["form"].items():
         value = os.environ.get(name)

@@ -21,7 +21,7 @@ from ranks import call_on_ranks
 
 from shoal import runtime
 from shoal.errors import UserError
-from shoal.ranks import LAUNCHED, local_rank, rank, world_size
+from shoal.ranks import LAUNCHED, local_rank, rank, refuse_variables, world_size
 from shoal.runtime import agreed, barrier, check_device, everyone_sees, together
 
 PATIENCE_S = 1.0
@@ -102,6 +102,22 @@ def _make_a_group(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            ("CUDA_VISIBLE_DEVICES", value)
+            for value in ("GPU-1a-2b,GPU-1a-3c", "MIG-1-2,MIG-1-3", "0, 1", "NoDevFiles")
+        ),
+        ("SHOAL_PORT", "tcp://10.0.0.1:80"),  # of a service of Kubernetes that is called shoal
+        ("TORCH_DISTRIBUTED_DEBUG", "detail"),
+    ],
+)
+def test_what_clusters_set_passes(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    refuse_variables()
+
+
 def test_groups_that_libraries_make_have_the_timeout_of_training() -> None:
     """Under NCCL torch's own is 10 minutes, and DeepSpeed's reductions are in such a group."""
     call_on_ranks(_make_a_group, ranks=1)
