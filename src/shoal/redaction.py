@@ -53,10 +53,8 @@ def redacted(value: Any) -> Any:
 
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:
     """A command line without secrets."""
-    return [
-        _SECRET_ARGUMENT.sub(lambda match: (match["key"] or match["entry"]) + HIDDEN, argument)
-        for argument in redacted(arguments)
-    ]
+    words = redacted(arguments)
+    return [_SECRET_ARGUMENT.sub(lambda match: (match["key"] or match["entry"]) + HIDDEN, word) for word in words]
 
 
 def _redacted(value: Any, known: Sequence[str]) -> Any:
