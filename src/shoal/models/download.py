@@ -67,10 +67,12 @@ def download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECK
         UserError: no such model, or no network.
     """
     refuse_no_model(name)
-    which = {"allow_patterns": list(patterns), "ignore_patterns": ["consolidated*", "original/*"]}
+    unwanted = ["consolidated*", "original/*"]
     try:
         with doing(f"downloading {name} from the Hub"):
-            return Path(snapshot_download(name, revision=revision, **which))
+            return Path(
+                snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=unwanted)
+            )
     except FAILURES as error:
         meaning = next(words for kind, words in NOT_DOWNLOADED.items() if isinstance(error, kind))
         reason = repr(error) if isinstance(error, NO_ANSWER) else str(error).strip().splitlines()[0]
