@@ -53,6 +53,9 @@ from shoal.stats.paired import retention
 TEXTS = [f"Document {number} says {number * number}, and then some more." for number in range(24)]
 METRICS = ["block_influence", "angular", "present_absent", "blockpruner"]
 TASKS = ["knowledge_continuation", "retrieval_generation"]
+WORD: Any = "t"
+NUMBER: Any = 3
+"""In place of a value of another type."""
 
 
 def loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -336,14 +339,20 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
             lambda m, t: shoal.push_to_hub(m, t, "me/x", plan=plan_of()),
             r"shoal.push_to_hub: plan: keeps 4 layers, and the model has 6; pass its own",
         ),
-        (lambda m, t: shoal.push_to_hub(m, "t", "me/x", plan=plan_of(drop=())), r"tokenizer: is str; give a tokenizer"),
-        (lambda m, t: shoal.push_to_hub(m, t, "me/x", plan=plan_of(drop=()), scores=3), r"scores: is int; give Scores"),
-        (lambda m, t: shoal.push_to_hub(m, t, 3, plan=plan_of(drop=())), r"hub_repo: must be a string"),
+        (
+            lambda m, t: shoal.push_to_hub(m, WORD, "me/x", plan=plan_of(drop=())),
+            r"tokenizer: is str; give a tokenizer",
+        ),
+        (
+            lambda m, t: shoal.push_to_hub(m, t, "me/x", plan=plan_of(drop=()), scores=NUMBER),
+            r"scores: is int; give Scores",
+        ),
+        (lambda m, t: shoal.push_to_hub(m, t, NUMBER, plan=plan_of(drop=())), r"hub_repo: must be a string"),
         (lambda m, t: measured(with_config(m, num_hidden_layers=5), t), r"model: numbers a layer beyond its 5; drop"),
         (lambda m, t: measured(with_config(m, return_dict=False), t), r"model: its config.return_dict is false; set"),
         (lambda m, t: shoal.cut_model(m.model, [1]), r"model: LlamaModel is not a causal language model"),
         (lambda m, t: shoal.cut_model(m, [1], data=["x"]), r"cut_model: data: only changes are decided on text"),
-        (lambda m, t: shoal.cut_model(m, [1], tokenizer="t"), r"tokenizer: is str; give a tokenizer"),
+        (lambda m, t: shoal.cut_model(m, [1], tokenizer=WORD), r"tokenizer: is str; give a tokenizer"),
         (
             lambda m, t: healed(m, t, trainer={"save_steps": 5}),
             r"trainer.save_steps: shoal.distill saves nothing; remove it, or use shoal.DistillationTrainer",
@@ -383,7 +392,7 @@ def test_a_plan_is_for_the_weights_that_it_was_made_of_wherever_they_lie(tmp_pat
         AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype=dtype)
         for dtype in (torch.bfloat16, torch.float16)
     ]
-    other = tiny_model("llama")
+    other: Any = tiny_model("llama")
     other.get_input_embeddings().weight.data.mul_(1.001)  # a few steps of training
     other.config.name_or_path = str(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
