@@ -28,7 +28,7 @@ from shoal.abilities.matching import AMOUNT, MATCHING, amounts, number, plain
 from shoal.atomic_files import fingerprint, read_json, write_json, write_text
 from shoal.data.chat import Chat, check_template
 from shoal.data.repetition import ends_in_loop
-from shoal.data.sources import documents, load_texts, opened
+from shoal.data.sources import documents, load_texts, to_write
 from shoal.data.streams import Written
 from shoal.errors import UserError
 from shoal.inference.generation import end_tokens, sample
@@ -101,17 +101,6 @@ def write_texts(
         shutil.rmtree(place / BATCHES, ignore_errors=True)
     everyone_sees(place / TEXTS)
     return _kept(place, assistant_only=source.assistant_only)
-
-
-def to_write(source: TrainingSource) -> TrainingSource:
-    """A source that the teacher writes, with its columns."""
-    found = opened(source)
-    if source.generate is not None and source.generate.keep == "correct" and not found.is_chat:
-        raise UserError(
-            f"data {source.path!r}: holds texts, and generate.keep: correct compares answers; name conversations "
-            "(`messages`, or `prompt` and `completion`), or set it to all"
-        )
-    return found
 
 
 def _identity(how: Generate, chosen: Sequence[Prompt], *, inputs: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import fingerprint
 from shoal.data.image_rows import ImageReader
-from shoal.data.sources import sources_fingerprint
+from shoal.data.sources import sources_fingerprint, to_write
 from shoal.data.streams import check_source
 from shoal.machine import ranks_to_start
 from shoal.models.anatomy import refuse_both_directions
@@ -252,7 +252,6 @@ def check_distill(run: Run) -> None:
     from shoal.eval.tasks.names import named_in
     from shoal.train.engine.arguments import check_names, deepspeed_config
     from shoal.train.engine.kernels import require_liger
-    from shoal.train.writing import to_write
 
     recipe = run.recipe
     refuse_both_directions(run.config())

@@ -273,7 +273,7 @@ def _data(asked: Asked) -> None:
     """Refuse local data whose first documents cannot be used, and a package's that is not installed."""
     from shoal.data.bundled import BUNDLED, NOT_APART
     from shoal.data.chat import Chat
-    from shoal.data.sources import documents, load_texts, local_files, nothing_in, opened
+    from shoal.data.sources import documents, load_texts, local_files, nothing_in, opened, to_write
 
     for source in _sources(asked):
         if source.path in BUNDLED:
@@ -285,6 +285,7 @@ def _data(asked: Asked) -> None:
         if source not in asked.recipe.distill.data:
             load_texts(source, max_characters=FIRST_CHARACTERS)
         elif not source.has_images:
+            to_write(source)
             read = documents(source)
             looked = list(islice(read, FIRST_DOCUMENTS))
             first = [each for each in looked if each is not None]

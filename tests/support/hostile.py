@@ -62,6 +62,18 @@ def added_tokens(count: int) -> Callable[[Path], object]:
     return add
 
 
+def inside(prefix: str) -> Callable[[Path], object]:
+    """Weights whose names begin with ``prefix``."""
+
+    def rename(path: Path) -> None:
+        content = path.read_bytes()
+        end = 8 + struct.unpack("<Q", content[:8])[0]
+        names = {prefix * (name != "__metadata__") + name: own for name, own in json.loads(content[8:end]).items()}
+        path.write_bytes(header(json.dumps(names)) + content[end:])
+
+    return rename
+
+
 DAMAGE: dict[str, Any] = {
     "DEEP": DEEP,
     "BOMB": BOMB,
@@ -69,6 +81,7 @@ DAMAGE: dict[str, Any] = {
     "header": header,
     "cut": cut,
     "added_tokens": added_tokens,
+    "inside": inside,
     "LONG": "a" * 300,
     "copied": lambda name: lambda path: shutil.copytree(path.parent / name, path),
     "copied_file": lambda name: lambda path: shutil.copy(path.parent / name, path),

@@ -20,6 +20,7 @@ from tiny import tiny_tokenizer
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.plan import Plan
+from shoal.data.sources import to_write
 from shoal.launch.verbs import distill as distilling
 from shoal.launch.verbs import evaluate, measure, prune
 from shoal.launch.verbs import run as run_module
@@ -35,7 +36,7 @@ from shoal.recipe.section import Positive, Section, Shapes, as_dict, shaped, sha
 from shoal.train import distill as distill_module
 from shoal.train.identity import checkpoint_inputs
 from shoal.train.teacher.recording import Wanted, rows_from
-from shoal.train.writing import _chosen, _identity, to_write
+from shoal.train.writing import _chosen, _identity
 
 RECIPES: dict[str, dict[str, Any]] = cases(__file__)
 IDENTITIES: dict[str, dict[str, dict[str, Any]]] = json.loads(

@@ -24,6 +24,7 @@ from shoal.data.bundled import BUNDLED, BUNDLED_ROWS, SLOW, origin
 from shoal.data.chat import Chat, ImageRow, chat_of, column_of
 from shoal.errors import UserError
 from shoal.formatting import meant
+from shoal.recipe.distill import TrainingSource
 from shoal.recipe.messages import checked
 from shoal.recipe.section import AUTO, Column, Conversation, Data, DataSource, Messages, PromptCompletion, Section
 
@@ -59,6 +60,17 @@ def load_texts(source: DataSource, *, max_characters: int | None = None) -> list
     if not texts:
         raise nothing_in(source)
     return texts
+
+
+def to_write(source: TrainingSource) -> TrainingSource:
+    """A source that the teacher writes, with its columns."""
+    found = opened(source)
+    if source.generate is not None and source.generate.keep == "correct" and not found.is_chat:
+        raise UserError(
+            f"data {source.path!r}: holds texts, and generate.keep: correct compares answers; name conversations "
+            "(`messages`, or `prompt` and `completion`), or set it to all"
+        )
+    return found
 
 
 def nothing_in(source: DataSource) -> UserError:

@@ -29,6 +29,8 @@ PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers of no family, which know only what lies in files."""
 END = ("eos", "pad")
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
+WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+"""What torch.compile, DistributedDataParallel and PEFT put before names of weights."""
 
 
 def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bool) -> None:
@@ -82,6 +84,9 @@ def refuse_weights(folder: Path, config: Mapping[str, Any], shapes: Mapping[str,
     count, heads, groups = (number if type(number) is int and number > 0 else 0 for number in numbers)
     places = [place for place in map(LAYER.match, shapes) if place]
     stacks, there = {place[1] for place in places}, {int(place[2]) for place in places}
+    if wrapper := next((each for each in WRAPPERS if all(name.startswith(each) for name in shapes or [""])), None):
+        told = f"names of weights begin with {wrapper!r}, as of a model that was saved inside a wrapper"
+        raise UserError(f"{folder}: {told}; save the model that is inside")
     if len(stacks) != 1 or "quantization_config" in config or "auto_map" in config:
         return
     if (missing := {*range(count)} - there) and count % len(there):  # some families count the halves of layers
@@ -107,8 +112,10 @@ def refuse_tokenizer(folder: Path) -> None:
     file, others = folder / files.TOKENIZER_FILES[0], (*files.TOKENIZER_FILES[1:], *OTHERS)
     if (is_plain or file.is_file()) and not any(any(folder.glob(pattern)) for pattern in others):
         try:
-            if (kind := json.loads(file.read_bytes())["model"].get("type", TOKENIZERS[0])) not in TOKENIZERS:
+            if (kind := (own := json.loads(file.read_bytes())["model"]).get("type", TOKENIZERS[0])) not in TOKENIZERS:
                 problem = f"ValueError: {file.name} has a model of type {kind!r}"
+            elif not own["vocab"]:
+                problem = f"ValueError: {file.name} has no vocabulary"
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {file.name} is missing or damaged, {error}"
     if problem:
