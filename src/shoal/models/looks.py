@@ -71,6 +71,9 @@ def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bo
     is_own = re.search(r"self\.layer_types\[|validate_layer_type", own)
     if isinstance(layers, list) and type(count) is int and len(layers) != count and not is_own:
         wrong["layer_types"] = f"{len(layers)} of them next to num_hidden_layers {count}"
+    window = text.get("sliding_window")
+    if isinstance(layers, list) and "sliding_attention" in layers and isinstance(window, int) and window < 1:
+        wrong["sliding_window"] = f"{window} next to layers of sliding_attention"
     for key, word in wrong.items() if own else ():
         told = f"config.json has {key}: {word}, which transformers does not know"
         raise UserError(f"{name}: {told}; correct it, or {files.DOWNLOAD_AGAIN}")
