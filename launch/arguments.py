@@ -165,6 +165,9 @@ def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace) -> 
     if known.verb == "push":
         known.words = [word if "=" in word else f"export.hub_repo={word}" for word in known.words]
     known.words += [f"{ALLOW}={kinds}" for kinds in known.allow]
+    keys = [word.partition("=")[0] for word in dict.fromkeys(known.words) if not word.startswith("run_dir=")]
+    if twice := next((key for key in keys if keys.count(key) > 1 and key != ALLOW), None):
+        parser.error(f"{redacted_arguments([twice])[0]}: is given twice; give it once")
     for other in (word for word in redacted_arguments(known.words) if "=" not in word):
         is_more = other.lstrip("-").isdecimal() or os.path.exists(other)
         hint = "; a list is one word, such as 13,14,26 or a.jsonl,b.jsonl" if is_more else ""

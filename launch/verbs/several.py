@@ -28,7 +28,7 @@ from shoal.recipe.recipe import load_recipe
 from shoal.redaction import redacted_arguments
 from shoal.yaml_text import read_yaml
 
-from .early import refuse_early, refuse_model
+from .early import refuse_early, refuse_model, require_folder
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def compare(asked: argparse.Namespace) -> Any:
             find_common(read_contenders(runs), across_teachers=asked.across_teachers)
         for name in filter(names_model, asked.words):
             refuse_model("eval", load_recipe(str(runs[0])), name)
+        require_folder(out, setting="--out")
         with loading():
             from .evaluate import scored_beside_runs
         folders = scored_beside_runs(asked.words, out)
