@@ -23,7 +23,7 @@ from shoal.data.packing import PackedRows
 from shoal.data.sources import Given, is_source, is_stream, sources_of
 from shoal.data.streams import pack
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers, require_positions
+from shoal.models.anatomy import decoder_layers, require_gradients, require_positions
 from shoal.models.document_masks import IN_TRAINING, warn_of_mixed_documents
 from shoal.models.in_memory import Model, as_model, checkpoint_of, name_of, require_tokenizer
 from shoal.ranks import world_size
@@ -359,8 +359,7 @@ def _warn_of_half_precision(model: PreTrainedModel, args: TrainingArguments) -> 
 
 
 def _refuse_replaced(model: PreTrainedModel) -> None:
-    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
-        raise UserError("model: torch.inference_mode takes no gradients; make the model and train it outside of that")
+    require_gradients(model)
     for module in (model, output_head(model)):
         if getattr(module.forward, "__func__", None) is not type(module).forward:
             raise UserError(

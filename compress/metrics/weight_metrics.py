@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
-from shoal.models.anatomy import anatomy, decoder_body, decoder_layers
+from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, require_gradients
 from shoal.models.document_masks import documents_apart, documents_known
 from shoal.models.load import logits_from_hidden
 from shoal.progress import each
@@ -123,6 +123,7 @@ def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: M
     Raises:
         UserError: an architecture whose head is not known, a loss or gradient that is not finite.
     """
+    require_gradients(model)
     total = int(calibration.follows_NS.sum())
     decoder = Decoder(model)
     sums = {own: torch.zeros_like(own, dtype=torch.float32) for layer in matrices for own in layer.values()}

@@ -66,6 +66,8 @@ def evaluate(
     taken = ("tasks", "limit", *EvalSettings.__annotations__)
     section: Eval = of_arguments("eval", given, taken=taken, source="shoal.evaluate", seed=seed)
     refuse_unknown(section.tasks, section.include_path)
+    if not isinstance(role, str) or not role:
+        raise UserError(f"shoal.evaluate: role: must be a name (got {role!r})")
     model = as_model(model)  # only now, since a large one takes minutes to load
     seed = int(seed)  # a number of numpy's is no JSON
     inputs = identity_of(model, seed=seed) | {"tasks": tasks_fingerprint(section.tasks, section.include_path)}

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -115,6 +116,12 @@ def watched(
 def text_config(config: Any) -> Any:
     """The part of a configuration that describes the text decoder; the whole of it for text-only models."""
     return config.get_text_config(decoder=True)
+
+
+def require_gradients(model: PreTrainedModel) -> None:
+    """Refuse a model that takes no gradients."""
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise UserError("model: torch.inference_mode takes no gradients; make the model and call shoal outside of that")
 
 
 def require_positions(config: Any, sequence_length: int, setting: str, *, remedy: str = "lower it") -> None:

@@ -190,3 +190,8 @@ def test_what_is_compared_must_be_scores() -> None:
 def test_the_table_is_long_enough_and_covers_every_function() -> None:
     assert len(BOTH) >= 200
     assert len(PYTHON) >= 30
+
+
+def test_gradients_are_not_asked_of_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(shoal.UserError, match="torch.inference_mode takes no gradients"):
+        shoal.measure_importance(tiny_model("llama"), tiny_tokenizer(), TEXTS, metrics="taylor", **SMALL)
