@@ -112,7 +112,7 @@ def _proposal(
             **({"packing": "bfd"} if is_public else {}),
             "trainable": "from_first_cut",
             "deepspeed": "zero0" if machine.ranks == 1 else "zero2",
-            "trainer": {"learning_rate": 1e-3 if parameters < SMALL else 1e-4},
+            "trainer": {"learning_rate": 2e-4 if parameters < SMALL else 1e-4},
         },
         "eval": {"tasks": [*PUBLIC_TASKS], "limit": 200, "control": True} if is_public else {"tasks": "quick"},
     }
