@@ -284,14 +284,14 @@ def _data(asked: Asked) -> None:
             continue
         if source not in asked.recipe.distill.data:
             load_texts(source, max_characters=FIRST_CHARACTERS)
-        elif not source.has_images:
+        elif isinstance(source, TrainingSource) and not source.has_images:
             to_write(source)
             read = documents(source)
             looked = list(islice(read, FIRST_DOCUMENTS))
             first = [each for each in looked if each is not None]
             if not first and all(each is None for each in read):
                 raise nothing_in(opened(source))
-            if first and isinstance(first[0], Chat) and not (isinstance(source, TrainingSource) and source.generate):
+            if first and isinstance(first[0], Chat) and not source.generate:
                 _conversations(asked, opened(source), first, is_all=len(looked) < FIRST_DOCUMENTS)
 
 
