@@ -24,7 +24,7 @@ from shoal.models.anatomy import refuse_both_directions
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
-from shoal.ranks import world_size
+from shoal.ranks import refuse_crowd, world_size
 from shoal.recipe.distill import Recorded
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import HiddenStates
@@ -243,8 +243,9 @@ def check_distill(run: Run) -> None:
     """Refuse what training would refuse, before anything is measured, cut or launched.
 
     Raises:
-        UserError: impossible layers, unknown tasks or training arguments, rows that cannot be divided, kernels that
-            cannot be had, bundled text with reworded questions, another recording, tracking without a key.
+        UserError: more ranks than cores or devices, impossible layers, unknown tasks or training arguments, rows that
+            cannot be divided, kernels that cannot be had, bundled text with reworded questions, another recording,
+            tracking without a key.
     """
     from shoal.compress.plan import stand_in
     from shoal.eval.evaluate import WATCHED, checked_items, num_items
@@ -254,6 +255,7 @@ def check_distill(run: Run) -> None:
     from shoal.train.engine.kernels import require_liger
 
     recipe = run.recipe
+    refuse_crowd(ranks_to_start(recipe.num_processes))
     refuse_both_directions(run.config())
     check_names(recipe.distill, ranks=max(world_size(), ranks_to_start(recipe.num_processes)))
     deepspeed_config(recipe.distill)
