@@ -47,7 +47,7 @@ SIGNAL_SIGMAS = 3.0
 FEW_ITEMS_MEAN = "the intervals are wide and contain the true value in 92 to 100 % of cases, not in 95 %"
 FEW_CHANGED_MEAN = (
     f"“Few changed”: fewer than {FEW_CHANGED} answers changed, so the intervals of the change and of the share kept "
-    "are wider than necessary: they contain the true value in 97 to 100 % of cases."
+    "are wider than necessary: they contain the true value in at least 97 % of cases."
 )
 SCORE_FIELDS = (
     *("task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance", "higher_is_better"),

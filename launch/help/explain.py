@@ -211,7 +211,9 @@ def default_text(own: dict[str, Any]) -> str:
     """The default of a key, in a line of YAML."""
     if own.get("is_required"):
         return "must be given"
-    return as_yaml(own["default"]) if own.get("default", "") != "" else "not set"
+    if own.get("default", "") != "":
+        return as_yaml(own["default"])
+    return "section left out" if sections_of(own) else "none"
 
 
 def sections_of(own: Any) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ def dry_run_text(stages: Sequence[Stage], folder: Path) -> str:
     if len(stages) == 1:
         (stage,) = stages
         return f"{NOTHING_WRITTEN}\n\n{stage.told or _joined(stage.state, stage.why)}"
-    rows = [("stage", "", "time here", "disk", ""), *(stage.row for stage in stages)]
+    rows = [("stage", "", "time on this machine", "disk", ""), *(stage.row for stage in stages)]
     disk = disk_line(sum(stage.num_bytes or 0 for stage in stages), folder)
     told = [stage for stage in stages if stage.told and not stage.is_done]
     parts = [[NOTHING_WRITTEN], aligned(rows, left=(0, 1, 4)), [disk]]

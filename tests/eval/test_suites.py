@@ -87,7 +87,7 @@ def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
         refuse_unknown(evaluation(tasks=["quick", "transfr"]).tasks)
     with pytest.raises(UserError, match=r"eval.limit: must be a whole number \(got 'a'\)"):
         evaluation(tasks="quick", limit="a")
-    with pytest.raises(UserError, match=r"eval.suite: removed in 0.1; write eval.tasks"):
+    with pytest.raises(UserError, match=r"eval.suite: removed before 0.1; write eval.tasks"):
         evaluation(suite="quick")
 
 

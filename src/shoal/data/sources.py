@@ -80,7 +80,7 @@ def nothing_in(source: DataSource) -> UserError:
             content = f"conversation in column {column!r}"
         case column:
             content = f"text in column {column!r}" if column else "text"
-    return UserError(f"data {source.path!r}: holds no {content}; name another source")
+    return UserError(f"data {source.path!r}: no {content} was found; name a source that has some")
 
 
 def column_in(row: Any) -> Column:
@@ -105,10 +105,14 @@ def with_column(source: Source, row: Any) -> Source:
     if source.column is not None:
         return source
     if (column := column_in(row)) is None:
-        columns = ", ".join(map(str, row)) if isinstance(row, Mapping) else "none"
+        found = (
+            f"the columns {', '.join(map(str, row))}"
+            if isinstance(row, Mapping)
+            else f"values of type {type(row).__name__}"
+        )
         raise UserError(
-            f"data {source.path!r}: its first row is {type(row).__name__} with the columns {columns}; give texts, or "
-            "rows with `messages`, `prompt` and `completion`, or `text`, or name the source's `column`"
+            f"data {source.path!r}: the first row holds {found}; give texts, or rows with `messages`, `prompt` and "
+            "`completion`, or `text`, or name the source's `column`"
         )
     return replace(source, column=column)
 

@@ -20,4 +20,4 @@ def gone(place: str) -> str | None:
     words = GONE.get(place) or GONE.get(place.partition(".")[0])
     if words is None:
         return None
-    return "removed in 0.1; " + (f"write {words[3:].replace(' =', ':')}" if words.startswith(MOVES) else words)
+    return "removed before 0.1; " + (f"write {words[3:].replace(' =', ':')}" if words.startswith(MOVES) else words)

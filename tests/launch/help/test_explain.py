@@ -117,7 +117,7 @@ def test_an_unknown_key_is_one_message_with_what_may_be_meant(
 def test_a_key_that_is_gone_says_what_to_use_instead(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = said(capsys, "explain", "eval.samples")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "eval.samples: removed in 0.1; lm-eval draws several texts" in err
+    assert "eval.samples: removed before 0.1; lm-eval draws several texts" in err
 
 
 def test_first_sentences_end_where_sentences_do() -> None:

@@ -21,7 +21,7 @@ def test_a_removed_key_kind_or_value_says_since_when_and_what_instead(
     raw: dict, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gone.GONE, place, "write something else")
-    with pytest.raises(UserError, match=r"removed in 0\.1; write something else") as refused:
+    with pytest.raises(UserError, match=r"removed before 0\.1; write something else") as refused:
         parse_recipe({"model": "demo:smollm2-135m", **raw})
     assert len(str(refused.value).splitlines()) == 1
 
