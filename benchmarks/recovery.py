@@ -1,7 +1,7 @@
 """Recovery where a published number stands: one plan, several ways to distil, public benchmarks, one table.
 
     python -m benchmarks.recovery OUT [--model gemma] [--data-dir DIR] [--arms default published trl ...]
-        [--seeds 0 1 2] [--tokens 200000] [--limit 400]
+        [--seeds 0 1 2] [--tokens 200000] [--limit 400] [--choose]
 
 recovery.yaml beside this file says what models, texts and arms are. Every arm is the quickstart's recipe with other
 text, losses or trained weights, run by `shoal distill` on the same cut; the intact and the cut model are scored first.
@@ -9,7 +9,8 @@ OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items
 where lm-eval has them so, the share kept of the teacher's distance to chance and its mean over the tasks of a column,
 with 95 % intervals, and how far that mean is from the arm `default` at the same tokens and seed; tokens, seconds,
 command, commit and processor. Rows `ARM-TOKENS-all` score every item as its mean over the seeds. For equal time give
---tokens by processor_seconds.
+--tokens by processor_seconds. kl_TEXT is the KL divergence from the teacher, in nats per token, on documents from
+which no arm learns: arms are chosen by it (--choose computes nothing else), never by a benchmark.
 
 What is there is not done again, so the same command goes on after a stop, and a training from its last checkpoint.
 --data-dir is a folder of data sets as eval.data_dir takes it, with the texts of recovery.yaml; without it all comes
@@ -43,11 +44,15 @@ from shoal.artifacts.evaluation import Scores, TaskScore
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json, write_text, written_folder
-from shoal.machine import device_name
+from shoal.data.streams import pack
+from shoal.machine import device_name, fast_dtype
+from shoal.models.load import load_model, load_tokenizer
 from shoal.models.resolve import convert_gguf, resolve_model
+from shoal.recipe.section import DataSource
 from shoal.stats.means import mean_change, mean_share
 from shoal.stats.paired import interval, retention
 from shoal.yaml_text import read_yaml
+from train.objective.divergences import forward_kl, softened
 
 HERE = Path(__file__).parent
 SAID: dict[str, Any] = read_yaml((HERE / "recovery.yaml").read_text())
@@ -57,6 +62,8 @@ PIECE = re.compile(r"\.part\d+$|part\d+\.bin$")
 """Name of a piece of a model's file inside its package."""
 TOLD = ("metric", "n", "chance", "score", "ci_low", "ci_high")
 """What the table has of a TaskScore."""
+HELD_OUT = 60
+"""Last documents of a text from which no arm learns."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -68,6 +75,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=200_000, help="equal tokens (200000)")
     parser.add_argument("--limit", type=int, default=400, help="most items of a task (400)")
+    parser.add_argument("--choose", action="store_true", help="no benchmarks: only the divergence on held-out text")
     asked = parser.parse_args(words)
     asked.out, asked.data_dir = (asked.out / asked.model).resolve(), asked.data_dir and asked.data_dir.resolve()
     asked.spread = asked.data_dir and spread(asked.data_dir, asked.out / f"data-{asked.limit}", asked.limit)
@@ -85,12 +93,19 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def spread(data_dir: Path, folder: Path, limit: int) -> str:
     """A folder of the same data sets, with every n-th row of those that have n times ``limit`` rows: a task takes its
-    first ones, which in HellaSwag are all of one of its two sources."""
+    first ones, which in HellaSwag are all of one of its two sources. Texts are without their last documents, which
+    stand in held_out/."""
+    texts = {text.get("file") for text in SAID["texts"].values()}
     for file in data_dir.glob("*/*.jsonl"):
-        own = folder / file.relative_to(data_dir)
-        if file.stem in ("test", "validation") and not own.exists():
-            rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(own, "".join(rows[:: max(1, len(rows) // limit)]))
+        place = file.relative_to(data_dir)
+        if (folder / place).exists() or not (str(place) in texts or file.stem in ("test", "validation")):
+            continue
+        rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        if str(place) in texts:
+            write_text(folder / "held_out" / file.name, "".join(rows[-HELD_OUT:]))
+            write_text(folder / place, "".join(rows[:-HELD_OUT]))
+        else:
+            write_text(folder / place, "".join(rows[:: max(1, len(rows) // limit)]))
     return str(folder)
 
 
@@ -145,7 +160,7 @@ def recipe(asked: argparse.Namespace, run_dir: Path, arm: Mapping[str, Any], *, 
         "model": about.get("model", str(asked.out / "teacher")),
         "run_dir": str(run_dir),
         "seed": seed,
-        "dtype": "float32",
+        "dtype": "fast",  # the table has the processor
         "prune": {"drop": about["drop"]},
         "distill": distill,
         # what the training text is searched for
@@ -159,7 +174,7 @@ def recipe(asked: argparse.Namespace, run_dir: Path, arm: Mapping[str, Any], *, 
 def source(asked: argparse.Namespace, word: str) -> dict[str, Any]:
     """The source of distill.data that a text of recovery.yaml is here."""
     text = SAID["texts"][word]
-    return {"path": str(asked.data_dir / text["file"])} if asked.data_dir and "file" in text else text["hub"]
+    return {"path": f"{asked.spread}/{text['file']}"} if asked.spread and "file" in text else text["hub"]
 
 
 def train(other: str | None, run_dir: Path, file: Path) -> None:
@@ -187,7 +202,7 @@ def used(run: Path) -> float:
 
 def score(asked: argparse.Namespace, name: str, model: Path) -> None:
     """Score a model task by task, and write the table anew."""
-    for task in chain(*SAID["models"][asked.model]["tasks"].values()):
+    for task in chain(*SAID["models"][asked.model]["tasks"].values()) if not asked.choose else ():
         file = asked.out / "scores" / name / f"{task}.json"
         if not file.is_file():
             shoal.evaluate(str(model), tasks=[task], limit=asked.limit, data_dir=asked.spread).save(file)
@@ -195,8 +210,23 @@ def score(asked: argparse.Namespace, name: str, model: Path) -> None:
     if not made.is_file():
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
         told = {"commit": commit.stdout.strip(), "processor": device_name(torch.device("cpu"))}
+        told |= held_out(asked, model)
         write_json(made, {"command": " ".join(["python -m benchmarks.recovery", *sys.argv[1:]]), **told})
     write_table(asked)
+
+
+def held_out(asked: argparse.Namespace, model: Path) -> dict[str, float]:
+    """The KL divergence of a model from the teacher, in nats per token, on 4,096 held-out tokens of each text."""
+    folder, dtype, found = teacher_of(asked), fast_dtype(torch.device("cpu")).dtype, {}
+    models = [load_model(one, dtype=dtype) for one in (folder, model)]
+    for word, text in SAID["texts"].items():
+        if "file" in text and asked.spread:
+            source = DataSource(path=f"{asked.spread}/held_out/{Path(text['file']).name}")
+            rows = pack([(source, None)], load_tokenizer(folder), sequence_length=512, num_tokens=4096, seed=0)
+            with torch.inference_mode():
+                both = ([softened(one(row[None]).logits[0], 1.0) for one in models] for row in rows.input_ids_NS)
+                found[f"kl_{word}"] = fmean(float(forward_kl(p, q).values_N.mean()) for p, q in both)
+    return found
 
 
 def write_table(asked: argparse.Namespace) -> None:
@@ -209,11 +239,12 @@ def write_table(asked: argparse.Namespace) -> None:
     for name, own in of_names.items():
         seeds.setdefault(name.rpartition("-")[0] or name, []).append(own)
     of_names |= {f"{arm}-all": over_seeds(runs) for arm, runs in seeds.items() if len(runs) > 1}
+    columns = SAID["models"][asked.model]["tasks"].items()
     rows = [
         {"name": name, **row, **costs(asked.out, name)}
         for name, own in of_names.items()
-        for column, tasks in SAID["models"][asked.model]["tasks"].items()
-        for row in rows_of(column, [task for task in tasks if task in own], of_names, name)
+        # the first row of a model has no task
+        for row in chain([{}], *(rows_of(c, [t for t in tasks if t in own], of_names, name) for c, tasks in columns))
     ]
     with (asked.out / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*dict.fromkeys(chain(*rows))])

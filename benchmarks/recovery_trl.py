@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.distillation_config import DistillationConfig
@@ -20,7 +21,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.training import Training
 from shoal.atomic_files import written_folder
 from shoal.data.streams import pack
-from shoal.machine import peak_memory
+from shoal.machine import fast_dtype, peak_memory
 from shoal.models.load import load_model, load_tokenizer
 from shoal.models.resolve import resolve_model
 from shoal.recipe.recipe import load_recipe
@@ -31,10 +32,16 @@ def main(file: str) -> None:
     run_dir, asked, folder = Path(recipe.run_dir), recipe.distill, resolve_model(recipe.model)
     tokenizer, sources = load_tokenizer(folder), [(source, None) for source in asked.data]
     rows = pack(sources, tokenizer, sequence_length=512, num_tokens=asked.budget, seed=recipe.seed)
-    student, teacher = load_model(run_dir / "student"), load_model(folder).requires_grad_(False)
+    fast = fast_dtype(torch.device("cpu")).dtype  # of the teacher, and of the student's products
+    student, teacher = load_model(run_dir / "student"), load_model(folder, dtype=fast).requires_grad_(False)
     (checkpoints := run_dir / "trl").mkdir(exist_ok=True)
-    loss = {"beta": 0.0, "temperature": 1.0, "num_train_epochs": 1, "gradient_checkpointing": False, "bf16": False}
-    order = {"seed": recipe.seed, "shuffle_dataset": False, "train_sampling_strategy": "sequential"}
+    loss = {"beta": 0.0, "temperature": 1.0, "bf16": fast == "bfloat16", "gradient_checkpointing": False}
+    order = {
+        "num_train_epochs": 1,
+        "seed": recipe.seed,
+        "shuffle_dataset": False,
+        "train_sampling_strategy": "sequential",
+    }
     told = {"output_dir": str(checkpoints), "logging_steps": 1, "report_to": [], "disable_tqdm": True}
     config = DistillationConfig(**asked.trainer, **loss, **order, **told)
     data = Dataset.from_dict({"prompt": rows.input_ids_NS.tolist()})

@@ -10,18 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from shoal.artifacts.artifact import Artifact, Provenance
-from shoal.artifacts.importance import Estimate, ProtocolGap, Sweep, SweepColumn
+from shoal.artifacts.importance import Estimate, ProtocolGap, Sweep
 from shoal.compress.sweeps.atlas import protocol_gaps
-from shoal.compress.sweeps.table import ALPHA, Measured, estimates
+from shoal.compress.sweeps.table import Measured
 from shoal.figures.atlas import band, fitting
-from shoal.figures.style import DROPPED, INK, SERIES_COLOURS, SERIES_STYLE, figure_style, legend_above, panels
+from shoal.figures.style import INK, SERIES_COLOURS, SERIES_STYLE, figure_style, legend_above, panels
 from shoal.formatting import layers_text
 from shoal.launch.verbs.run import Run
-from shoal.stats.intervals import Array, left_out_means, t_test
-from shoal.stats.paired import holm
 
 from .part import in_interval, made, model_of, told
 from .settings import Reading as Settings
@@ -47,15 +43,10 @@ class ColumnReadWrite:
     """Loss where the layer writes nothing before the prompt's last token (skip_prompt)."""
     writing: tuple[Estimate, ...]
     """Loss where it writes nothing from there on (skip_written)."""
-    interaction: tuple[Estimate, ...]
-    """Loss without the layer - (reading + writing). Above 0: either can make up for the other; below 0: both lose the
-    same items."""
     reads: tuple[int, ...]
     """Layers whose reading is needed: significantly worse without it, after Holm's correction over the layers."""
     writes: tuple[int, ...]
     """Layers whose writing is needed."""
-    interacts: tuple[int, ...]
-    """Layers whose interaction is not 0."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +73,8 @@ class ReadWrite(Artifact):
 
         lines = []
         for column, own in zip(self.columns, self.sweep.columns, strict=True):
-            line = f"{self.sweep.title(own)}: reading is needed {named(column.reads)}, writing {named(column.writes)}"
-            if column.interacts:
-                line += f"; without the layer more or less is lost than by both together {named(column.interacts)}"
-            lines.append(line)
+            needed = f"reading is needed {named(column.reads)}, writing {named(column.writes)}"
+            lines.append(f"{self.sweep.title(own)}: {needed}")
         for gap, reading in zip(self.hidden_writing, self.hidden_reading, strict=True):
             most = max(range(len(gap.gaps)), key=lambda layer: gap.gaps[layer].value)
             mean, largest, read = (in_interval(share, "+.2f") for share in (gap.mean, gap.gaps[most], reading.mean))
@@ -116,39 +105,15 @@ def read_write_of(tables: Mapping[str, tuple[Sweep, tuple[Measured, ...]]], prov
     generated text, while the layer writes nothing from the prompt's last token on: the protocol gap of skip_written.
     """
     (sweep, layers), (read, prompt), (wrote, written) = (tables[operator] for operator in OF_LAYERS)
-    columns = zip(layers, prompt, written, read.columns, wrote.columns, strict=True)
+    assert [c.ids for c in layers] == [c.ids for c in prompt] == [c.ids for c in written], "swept over different items"
+    both = zip(read.columns, wrote.columns, strict=True)
     return ReadWrite(
         provenance,
         sweep,
-        tuple(_column(*column) for column in columns),
+        tuple(ColumnReadWrite(r.task, r.losses, w.losses, reads=r.critical, writes=w.critical) for r, w in both),
         hidden_writing=protocol_gaps(written)[0],
         hidden_reading=protocol_gaps(prompt)[0],
     )
-
-
-def _column(
-    layers: Measured, prompt: Measured, written: Measured, read: SweepColumn, wrote: SweepColumn
-) -> ColumnReadWrite:
-    assert layers.ids == prompt.ids == written.ids, "operators were swept over different items"
-    interaction_NL = _losses(layers) - _losses(prompt) - _losses(written)
-    value_L = np.average(interaction_NL, axis=0, weights=layers.weights_N)
-    left_out_NL = left_out_means(interaction_NL, layers.weights_N)
-    p_values = t_test(left_out_NL, value_L, layers.effective_n).tolist()
-    return ColumnReadWrite(
-        layers.task.task,
-        reading=read.losses,
-        writing=wrote.losses,
-        interaction=estimates(left_out_NL, value_L, layers.effective_n),
-        reads=read.critical,
-        writes=wrote.critical,
-        interacts=tuple(layer for layer, p in enumerate(holm(p_values)) if p < ALPHA),
-    )
-
-
-def _losses(column: Measured) -> Array:
-    """(N, L) By how much every item is worse than with the intact model."""
-    losses_NL = column.scores_NK[:, :1] - column.scores_NK[:, 1:]
-    return losses_NL if column.task.higher_is_better else -losses_NL
 
 
 def read_write_figure(parts: ReadWrite) -> Figure:
@@ -161,9 +126,6 @@ def read_write_figure(parts: ReadWrite) -> Figure:
             unit = own.metric if own.higher_is_better else f"{own.metric} added"
             _draw_parts(ax, {"reading": column.reading, "writing": column.writing}, layers)
             ax.plot(layers, [loss.value for loss in own.losses], "_", color=INK, ms=9, label="without the layer")
-            unequal = [(layer, own.losses[layer].value) for layer in column.interacts]
-            if unequal:
-                ax.plot(*zip(*unequal, strict=True), "D", color=DROPPED, ms=4, label="not their sum")
             direction = "lost" if own.higher_is_better else ""
             ax.set_title(
                 f"{fitting(parts.sweep.title(own))}: {fitting(unit)} {direction} (n = {own.n})".replace("  ", " ")

@@ -1,4 +1,4 @@
-"""Reading against writing: losses, their interaction and hidden writing against plain arithmetic on the items."""
+"""Reading against writing: losses and hidden writing against plain arithmetic on the items."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ def column(task: str) -> ColumnReadWrite:
 def test_losses_are_the_shares_of_items_that_are_lost(task: str) -> None:
     found = column(task)
     for layer in range(NUM_LAYERS):
-        read, wrote, lost = (losses[task][layer] / NUM_ITEMS for losses in (READ, WROTE, LOST))
+        read, wrote = (losses[task][layer] / NUM_ITEMS for losses in (READ, WROTE))
         assert found.reading[layer].value == pytest.approx(read)
         assert found.writing[layer].value == pytest.approx(wrote)
-        assert found.interaction[layer].value == pytest.approx(lost - read - wrote)
-        for part in (found.reading[layer], found.writing[layer], found.interaction[layer]):
+        for part in (found.reading[layer], found.writing[layer]):
             assert part.low <= part.value <= part.high
 
 
@@ -44,26 +43,13 @@ def test_nats_that_are_added_are_losses() -> None:
     for layer, effect in enumerate(whole.effects):
         assert found.reading[layer].value == pytest.approx(0.25 * effect.change.value)
         assert found.writing[layer].value == pytest.approx(0.5 * effect.change.value)
-        assert found.interaction[layer].value == pytest.approx(0.25 * effect.change.value)
-
-
-def test_the_interval_of_an_interaction_is_a_bootstrap_of_the_items_own_interactions() -> None:
-    found = column("retrieval_generation").interaction[0]
-    first = np.arange(NUM_ITEMS)
-    # of 64 right items the first 60 are lost without the layer, the first 56 without its reading or its writing
-    own = (first < 60).astype(float) - 2 * (first < 56)
-    rng = np.random.default_rng(1)
-    means = own[rng.integers(0, NUM_ITEMS, (20_000, NUM_ITEMS))].mean(axis=1)
-    assert found.value == pytest.approx(own.mean())
-    low, high = np.percentile(means, (2.5, 97.5))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
 
 
 def test_layers_are_called_by_what_is_significant() -> None:
     found = column("retrieval_generation")
-    assert (found.reads, found.writes, found.interacts) == ((0, 2), (0, 4), (0,))
+    assert (found.reads, found.writes) == ((0, 2), (0, 4))
     found = column("knowledge_continuation")
-    assert (found.reads, found.writes, found.interacts) == ((0,), (0, 5), (0,))
+    assert (found.reads, found.writes) == ((0,), (0, 5))
 
 
 def test_hidden_writing_is_what_likelihood_keeps_without_it_less_what_generation_keeps() -> None:
@@ -87,10 +73,7 @@ def test_parts_survive_the_disk_and_are_told_and_drawn(tmp_path: Path) -> None:
     assert ReadWrite.load(tmp_path / ReadWrite.FILE) == found
     lines = found.in_words().splitlines()
     assert len(lines) == len(found.columns) + 1
-    assert lines[1] == (
-        "retrieval/generation: reading is needed in layers 0, 2, writing in layers 0, 4; without the layer more or "
-        "less is lost than by both together in layer 0"
-    )
+    assert lines[1] == "retrieval/generation: reading is needed in layers 0, 2, writing in layers 0, 4"
     assert "hidden writing, retrieval_continuation against retrieval_generation: +0." in lines[-1]
     assert "most in layer 4: +0.3" in lines[-1]
     figure = read_write_figure(found)
@@ -103,7 +86,6 @@ def test_parts_survive_the_disk_and_are_told_and_drawn(tmp_path: Path) -> None:
     ]
     lines = {line.get_label(): line for line in figure.axes[1].lines}
     assert list(lines["reading"].get_ydata()) == pytest.approx([n / 80 for n in READ["retrieval_generation"]])  # pyright: ignore
-    assert list(lines["not their sum"].get_xdata()) == [0]  # pyright: ignore
     assert "hidden writing" in save_figure(figure, tmp_path / "reading.svg").decode()
 
 
@@ -122,8 +104,8 @@ def test_layers_that_act_on_the_last_token_alone_are_found_to_write_and_not_to_r
     assert found["planted_retrieval_generation"].writes == (COPY, TAME)
     assert found["planted_knowledge_continuation"].writes == (TABLE,)
     for column in planted_parts.columns:
-        assert column.reads == column.interacts == ()
-        assert all(one.value == 0 for one in (*column.reading, *column.interaction))
+        assert column.reads == ()
+        assert all(one.value == 0 for one in column.reading)
 
 
 def test_likelihood_hides_the_writing_that_generation_needs_where_it_was_planted(planted_parts: ReadWrite) -> None:

@@ -49,6 +49,21 @@ def test_a_mean_over_seeds_scores_every_item_as_their_mean_and_a_run_changes_by_
     assert "change" not in none, "there is no default over seeds"
 
 
+def test_arms_are_chosen_by_documents_that_none_learns_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, other = tiny_checkpoint(tmp_path / "a", "llama"), tiny_checkpoint(tmp_path / "b", "llama", seed=1)
+    monkeypatch.setitem(recovery.SAID["models"], "tiny", {"model": str(teacher)})
+    monkeypatch.setitem(recovery.SAID, "texts", {"leads": {"file": "general/leads.jsonl"}})
+    documents = [f'{{"text": "{number} is a number of many words"}}\n' for number in range(300)]
+    (tmp_path / "data" / "general").mkdir(parents=True)
+    (tmp_path / "data" / "general" / "leads.jsonl").write_text("".join(documents))
+    folder = recovery.spread(tmp_path / "data", tmp_path / "spread", 8)
+    asked = argparse.Namespace(model="tiny", out=tmp_path, data_dir=tmp_path / "data", spread=folder)
+    learnt = Path(recovery.source(asked, "leads")["path"]).read_text()
+    assert learnt + (tmp_path / "spread/held_out/leads.jsonl").read_text() == "".join(documents)
+    assert recovery.held_out(asked, teacher) == {"kl_leads": pytest.approx(0, abs=1e-6)}
+    assert recovery.held_out(asked, other)["kl_leads"] > 0
+
+
 @pytest.mark.prove
 def test_the_command_heals_scores_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_checkpoint(tmp_path, "llama")
