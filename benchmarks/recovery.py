@@ -51,8 +51,8 @@ from shoal.models.resolve import convert_gguf, resolve_model
 from shoal.recipe.section import DataSource
 from shoal.stats.means import mean_change, mean_share
 from shoal.stats.paired import interval, retention
+from shoal.train.objective.divergences import forward_kl, softened
 from shoal.yaml_text import read_yaml
-from train.objective.divergences import forward_kl, softened
 
 HERE = Path(__file__).parent
 SAID: dict[str, Any] = read_yaml((HERE / "recovery.yaml").read_text())

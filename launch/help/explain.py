@@ -213,7 +213,7 @@ def default_text(own: dict[str, Any]) -> str:
         return "must be given"
     if own.get("default", "") != "":
         return as_yaml(own["default"])
-    return "section left out" if sections_of(own) else "none"
+    return "absent section" if sections_of(own) else "none"
 
 
 def sections_of(own: Any) -> list[dict[str, Any]]:
