@@ -12,6 +12,7 @@ from shoal.components import require_layers
 from shoal.errors import UserError
 from shoal.recipe.prune import CutByScore, CutThese, Prune
 
+GIB = 2**30
 DEFAULT_PART = 8
 """Number of layers of which one is dropped by default."""
 
@@ -169,6 +170,12 @@ class Goals:
 def goal_of_parameters(asked: float, whole: int, layers: Sequence[int]) -> Goal:
     """prune.target.params of a model of ``whole`` parameters, so many of them in each of its ``layers``."""
     return Goal("params", asked, whole, math.floor(asked), tuple(layers), "{:,}".format)
+
+
+def goal_of_memory(asked: float, whole: int, layers: Iterable[int], conditions: str) -> Goal:
+    """prune.target.memory_gb of a model of ``whole`` bytes, so many of them in each of its ``layers``."""
+    most, text = math.floor(asked * GIB), lambda amount: f"{amount / GIB:.4g} GiB"
+    return Goal("memory_gb", asked, whole, most, tuple(layers), text, conditions)
 
 
 def goals_asked(goals: Iterable[Goal]) -> Goals:

@@ -379,22 +379,6 @@ def _gemma3n(values: Values) -> str | None:
     return _sliding(5)(values)
 
 
-def _query_low_rank(values: Values) -> str | None:
-    """DeepSeek's low-rank query projection is looked for unless the number of layers is that of a Lite model."""
-    num_layers, has_low_rank = values["num_hidden_layers"], values.get("q_lora_rank") is not None
-    lite = num_layers in (26, 27) or (num_layers == 48 and values.get("vocab_size") == 128_256)
-    if has_low_rank != lite:
-        return None
-    if not lite:
-        return (
-            f"llama.cpp loads a model without q_lora_rank only if it has 26 or 27 layers; this student has {num_layers}"
-        )
-    return (
-        f"llama.cpp takes a model of {num_layers} layers for one without q_lora_rank and does not load it; "
-        "drop one layer more or two fewer"
-    )
-
-
 def _attention_scale(num_layers_of_27b: int) -> Rule:
     """Gemma's 27B scales attention by hidden size per head, the others by head_dim; the file does not say which."""
 
@@ -415,8 +399,6 @@ def _attention_scale(num_layers_of_27b: int) -> Rule:
 RULES: dict[str, tuple[Rule, ...]] = {
     "AfmoeForCausalLM": (_afmoe,),
     **dict.fromkeys(("Cohere2ForCausalLM", "ExaoneMoeForCausalLM", "Olmo3ForCausalLM"), (_sliding(4),)),
-    **dict.fromkeys(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"), (_query_low_rank,)),
-    **dict.fromkeys(("Glm4MoeLiteForCausalLM", "YoutuForCausalLM"), (_query_low_rank,)),
     **dict.fromkeys(("Exaone4ForCausalLM", "Exaone4_5_ForConditionalGeneration"), (_exaone4,)),
     "Gemma2ForCausalLM": (_sliding(2), _attention_scale(46)),
     **dict.fromkeys(("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), (_sliding(6), _attention_scale(62))),

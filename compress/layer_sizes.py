@@ -22,11 +22,10 @@ from shoal.models.cost import Cost, active_parameters, decode_bytes, model_cost
 from shoal.models.load import load_config, loaded_dtype, without_data
 from shoal.recipe.prune import Target
 
-from .free_layers import Goal, Goals, goal_of_parameters, goals_asked
+from .free_layers import Goal, Goals, goal_of_memory, goal_of_parameters, goals_asked
 from .surgery.quantised import without_quantization
 from .surgery.stored_names import NotByCopy, find_layers, split_layer, student_names
 
-GIB = 2**30
 NUM_TOKENS = 2048
 """Length at which caches and speeds are given, or the model's positions where those are fewer."""
 
@@ -175,16 +174,9 @@ def _goals(target: Target, sizes: LayerSizes) -> Iterator[Goal]:
                 "prune.target.memory_gb: the cache of this family is only known by running it; use "
                 "prune.target.params, or drop layers by number (prune.num_drop)"
             )
-        layers = range(sizes.num_layers)
-        yield Goal(
-            "memory_gb",
-            target.memory_gb,
-            sizes.stored.of(layers) + sizes.cache(batch, length),
-            math.floor(target.memory_gb * GIB),
-            tuple(sizes.stored.layers[layer] + batch * sizes.layer_cache(layer, length) for layer in layers),
-            lambda amount: f"{amount / GIB:.4g} GiB",
-            conditions,
-        )
+        whole = sizes.stored.of(range(sizes.num_layers)) + sizes.cache(batch, length)
+        own = (stored + batch * sizes.layer_cache(layer, length) for layer, stored in enumerate(sizes.stored.layers))
+        yield goal_of_memory(target.memory_gb, whole, own, conditions)
     if target.speedup is not None:
         whole = sizes.read(batch, length)
         yield Goal(

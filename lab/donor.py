@@ -29,16 +29,6 @@ def swapped(model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int
         UserError: models of different classes, settings, sizes or dtypes; a tensor that the model also uses in a layer
             that is not swapped.
     """
-    _refuse_unlike(model, donor)
-    before = put_tensors(model, _of_donor(model, donor, layers))
-    try:
-        yield model
-    finally:
-        put_tensors(model, before)
-
-
-def _refuse_unlike(model: PreTrainedModel, donor: PreTrainedModel) -> None:
-    """Weights trained with one class or one setting do not fit another."""
     ours, theirs = (_settings(side) for side in (model, donor))
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
@@ -46,6 +36,11 @@ def _refuse_unlike(model: PreTrainedModel, donor: PreTrainedModel) -> None:
                 f"swap: {name} is {theirs.get(name)!r} in the donor, but {ours.get(name)!r} in the model; give a donor "
                 "of the model's own shape"
             )
+    before = put_tensors(model, _of_donor(model, donor, layers))
+    try:
+        yield model
+    finally:
+        put_tensors(model, before)
 
 
 def _settings(model: PreTrainedModel) -> dict[str, Any]:

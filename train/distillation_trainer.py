@@ -29,11 +29,10 @@ from shoal.models.in_memory import Model, as_model, checkpoint_of, name_of, requ
 from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Lora
 from shoal.recipe.losses import HiddenStates
-from shoal.recipe.messages import checked
-from shoal.recipe.trainer_arguments import OURS, RANGES, precisions_said
+from shoal.recipe.trainer_arguments import precisions_said
 
 from .engine.arguments import refuse_mismatches, resolved_deepspeed
-from .engine.distillation_config import SAME_AS_IN_RECIPE, DistillationConfig, as_lora, setting
+from .engine.distillation_config import DistillationConfig, as_lora, section_of, setting
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
 from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
@@ -213,7 +212,13 @@ def _checked(
     """The section of a recipe that says the same of these models; ``args`` are completed."""
     _refuse_arguments(args)
     _complete_deepspeed(args)
-    _refuse_replaced(model)
+    require_gradients(model)
+    for module in (model, output_head(model)):
+        if getattr(module.forward, "__func__", None) is not type(module).forward:
+            raise UserError(
+                f"model: the forward of its {type(module).__name__} is replaced, and the loss needs that place; load "
+                "the model without device_map, and remove patches of this forward"
+            )
     section = _section(args, peft_config)
     for own in (model, teacher):
         if own is not None:
@@ -226,7 +231,15 @@ def _make_ready(
 ) -> None:
     """Freeze the teacher, and of the student what is not trained where ``trains`` says so."""
     if teacher is not None:
-        _refuse_shared(model, teacher)
+        places = {
+            parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()
+        }  # sharded ones: empty
+        for name, parameter in model.named_parameters():
+            if parameter.numel() and parameter.data_ptr() in places:
+                raise UserError(
+                    f"model: shares the weights of {name} with the teacher, so training would change both; pass a "
+                    "copy, for example from shoal.cut_model"
+                )
         refuse_other_layers(model, teacher, spec.frozen_layers)
         teacher.requires_grad_(False)
     if trains:
@@ -262,17 +275,7 @@ def _rows(
 
 def _section(args: TrainingArguments, peft_config: LoraConfig | Lora | None) -> Distill:
     """The section of a recipe that says the same."""
-    section = checked(
-        Distill,
-        {
-            "losses": setting(args, "losses"),
-            "trainable": setting(args, "trainable") or "all",
-            "lora": as_lora(peft_config),
-            "trainer": {name: getattr(args, name) for name in (*RANGES, *OURS)},
-            **{name: setting(args, name) for name in SAME_AS_IN_RECIPE},
-        },
-        source="shoal.DistillationConfig",
-    )
+    section = section_of(args, as_lora(peft_config))
     config = resolved_deepspeed(args)
     if config is not None and precisions_said(config):
         precision = "auto"  # which leaves it to the configuration
@@ -356,24 +359,3 @@ def _warn_of_half_precision(model: PreTrainedModel, args: TrainingArguments) -> 
             "dtype='float32', and set bf16=True for the speed",
             str(min(halves, key=str)).removeprefix("torch."),
         )
-
-
-def _refuse_replaced(model: PreTrainedModel) -> None:
-    require_gradients(model)
-    for module in (model, output_head(model)):
-        if getattr(module.forward, "__func__", None) is not type(module).forward:
-            raise UserError(
-                f"model: the forward of its {type(module).__name__} is replaced, and the loss needs that place; load "
-                "the model without device_map, and remove patches of this forward"
-            )
-
-
-def _refuse_shared(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse a student that is the teacher, or looks into it: training would move both. Sharded weights are empty."""
-    places = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and parameter.data_ptr() in places:
-            raise UserError(
-                f"model: shares the weights of {name} with the teacher, so training would change both; pass a copy, "
-                "for example from shoal.cut_model"
-            )

@@ -28,7 +28,7 @@ from shoal.abilities.matching import AMOUNT, MATCHING, amounts, number, plain
 from shoal.atomic_files import fingerprint, read_json, write_json, write_text
 from shoal.data.chat import Chat, check_template
 from shoal.data.repetition import ends_in_loop
-from shoal.data.sources import documents, load_texts, to_write
+from shoal.data.sources import NO_OPENING, documents, load_texts, to_write
 from shoal.data.streams import Written
 from shoal.errors import UserError
 from shoal.inference.generation import end_tokens, sample
@@ -82,7 +82,7 @@ def write_texts(
     Raises:
         UserError: no prompts, or nothing that was written can be kept.
     """
-    source = to_write(settings.data[number])
+    source = to_write(settings.data[number], sequence_length=settings.sequence_length)
     how = source.generate
     assert how is not None
     chosen = _chosen(settings, source, tokenizer, seed=seed)
@@ -271,10 +271,7 @@ def _openings(source: TrainingSource, tokenizer: Any, *, length: int) -> list[li
     bare = [_without_end(ids, tokenizer) for ids in tokenizer(starts)["input_ids"]]
     openings = [ids[:length] for ids in bare if len(ids) >= length]
     if not openings:
-        raise UserError(
-            f"data {source.path!r}: no text has the {length} tokens that the teacher starts from; lower "
-            "generate.prompt_tokens, or name other texts"
-        )
+        raise UserError(f"data {source.path!r}: {NO_OPENING.format(length)}")
     return openings
 
 

@@ -261,14 +261,11 @@ def _similarity(first_cells: np.ndarray, second_cells: np.ndarray) -> float:
     """Mutual information over the geometric mean of the entropies; 1 where both have only one cell."""
     joint = np.zeros((MKA_BINS**2, MKA_BINS**2))  # share of the tokens in each pair of cells
     np.add.at(joint, (first_cells, second_cells), 1 / len(first_cells))
-    first, second, both = (_entropy(shares) for shares in (joint.sum(1), joint.sum(0), joint.ravel()))
+    parts = (shares[shares > 0] for shares in (joint.sum(1), joint.sum(0), joint.ravel()))
+    first, second, both = (float(-np.sum(shares * np.log(shares))) for shares in parts)
     if first * second == 0:  # all tokens in one cell
         return 1.0 if first == second else 0.0
     return float(np.clip((first + second - both) / np.sqrt(first * second), 0, 1))
-
-
-def _entropy(shares: np.ndarray) -> float:
-    return float(-np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
 
 
 HIDDEN_METRICS: dict[str, type[HiddenMetric]] = {

@@ -290,7 +290,12 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     if student is text:
         student = rebuilt
     else:
-        _refuse_moved_features(config, keep)
+        fed = deepstack_layers(config)
+        if tuple(keep[: len(fed)]) != fed:
+            raise UserError(
+                f"drop: {config.model_type} adds features of the image after the layers 0 to {fed[-1]} "
+                f"(deepstack_visual_indexes); keep these {len(fed)} layers"
+            )
         part = next((name for name in student.sub_configs if getattr(student, name) is text), None)
         if part is None:  # a view of one configuration, as T5 gives of its decoder
             raise UserError(f"{config.model_type}: {NOT_CAUSAL}")
@@ -302,16 +307,6 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     refuse_wrong_entries(config.get_text_config(decoder=True), reloaded.get_text_config(decoder=True), keep)
     _refuse_useless_cache(config, student, keep)
     return student
-
-
-def _refuse_moved_features(config: PreTrainedConfig, keep: Sequence[int]) -> None:
-    """Refuse cuts that move a text layer behind which features of the image are added."""
-    fed = deepstack_layers(config)
-    if tuple(keep[: len(fed)]) != fed:
-        raise UserError(
-            f"drop: {config.model_type} adds features of the image after the layers 0 to {fed[-1]} "
-            f"(deepstack_visual_indexes); keep these {len(fed)} layers"
-        )
 
 
 def _changes(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:

@@ -187,7 +187,9 @@ def agreement(columns: Sequence[Measured], metrics: Mapping[str, Sequence[float]
     return Agreement(
         columns=tuple(scores),
         spearman=tuple(tuple(spearman(row, other) for other in rows) for row in rows),
-        ceiling=tuple(tuple(_ceiling(row, other) for other in known) for row in known),
+        ceiling=tuple(
+            tuple(None if own is None or other is None else math.sqrt(own * other) for other in known) for own in known
+        ),
     )
 
 
@@ -223,7 +225,3 @@ def _importances(column: Measured, rows: NDArray[np.intp]) -> Array:
     mean_K = np.average(column.scores_NK[rows], axis=0, weights=column.weights_N[rows])
     # means of 0/1 scores that are equal must be equal in floating point too, or their ranks would be noise
     return np.round(mean_K[0] - mean_K[1:] if column.task.higher_is_better else mean_K[1:] - mean_K[0], 12)
-
-
-def _ceiling(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else math.sqrt(first * second)

@@ -74,7 +74,10 @@ def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
                 f"environment variable {RUNS_CODE}=1, or remove the task"
             )
         _set_fewshot(name, task, num_fewshot, seed)
-        _set_ability(task, data_sets)
+        config = task.config
+        says_none = config.custom_dataset is None and "ability" not in (config.metadata or {})  # as lm-eval's own
+        if says_none and (data := _read_by(config.dataset_path, config.dataset_name, data_sets)) is not None:
+            config.metadata = {**(config.metadata or {}), "ability": data.ability}
         _check_metadata(name, task)
     return tasks
 
@@ -174,15 +177,6 @@ def _read_by(path: str | None, name: str | None, data_sets: Collection[DataSet])
         if hub and hub.path == path and (name in (hub.name, None) or hub.part_column is not None):
             return data
     return None
-
-
-def _set_ability(task: Any, data_sets: Collection[DataSet]) -> None:
-    """A task that does not say what it asks for, lm-eval's own for one, has the ability of the data that it reads."""
-    config = task.config
-    if config.custom_dataset is None and "ability" not in (config.metadata or {}):
-        data = _read_by(config.dataset_path, config.dataset_name, data_sets)
-        if data is not None:
-            config.metadata = {**(config.metadata or {}), "ability": data.ability}
 
 
 def _check_metadata(name: str, task: Any) -> None:

@@ -24,7 +24,7 @@ from shoal.models.anatomy import refuse_both_directions
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
-from shoal.ranks import refuse_crowd, world_size
+from shoal.ranks import world_size
 from shoal.recipe.distill import Recorded
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import HiddenStates
@@ -77,7 +77,7 @@ def distill(run: Run) -> None:
     recipe, control_dir = run.recipe, run.dir / CONTROL
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     plan = read_plan(run)
-    due = agreed(lambda: _due(run, plan))
+    due = agreed(lambda: trainings_due(run, plan))
     if not due:
         return
     if run.dir in due and not everyone_sees(run.dir / "student" / "config.json"):
@@ -103,7 +103,7 @@ def distill(run: Run) -> None:
         )
         log.info("distill: %s", run.dir / "distilled")
         free_memory()
-        due = agreed(lambda: _due(run, plan))  # which rows the control reads may be known only now
+        due = agreed(lambda: trainings_due(run, plan))  # which rows the control reads may be known only now
     if control is not None and control_dir in due:
         log.info("distill: the control (the teacher, trained on the same rows)")
         seed_everything(recipe.seed)
@@ -129,7 +129,7 @@ def training_spec(run: Run, plan: Plan, ranks: Ranks) -> TrainSpec:
 def distill_is_done(run: Run) -> bool:
     """Whether distilled/ is there already, and control/ where it is asked for, so that no launcher need be started."""
     refuse_other_checkpoints(run)
-    return _has_model(run.dir / "distilled") and not _due(run, read_plan(run))
+    return _has_model(run.dir / "distilled") and not trainings_due(run, read_plan(run))
 
 
 def what_is_trained(run: Run) -> list[str] | None:
@@ -157,7 +157,7 @@ def trainings(run: Run, plan: Plan) -> dict[Path, Identity[Training]]:
     return {folder: Identity(Training, folder / Training.FILE, inputs, "distill") for folder, inputs in asked.items()}
 
 
-def _due(run: Run, plan: Plan) -> dict[Path, dict[str, Any]]:
+def trainings_due(run: Run, plan: Plan) -> dict[Path, dict[str, Any]]:
     """What identifies each of the trainings whose model is still to be made."""
     return {
         folder: asked.inputs
@@ -255,7 +255,6 @@ def check_distill(run: Run) -> None:
     from shoal.train.engine.kernels import require_liger
 
     recipe = run.recipe
-    refuse_crowd(ranks_to_start(recipe.num_processes))
     refuse_both_directions(run.config())
     check_names(recipe.distill, ranks=max(world_size(), ranks_to_start(recipe.num_processes)))
     deepspeed_config(recipe.distill)
@@ -268,12 +267,10 @@ def check_distill(run: Run) -> None:
         stand_in(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     tokenizer = run.tokenizer()
     distill = recipe.distill
-    images = images_of(run)
+    images = ImageReader.of(distill.data, checkpoint_of(run)) if distill.has_images else None
     for source in distill.data:
-        if (how := source.generate) is not None:
-            to_write(source)
-            setting = f"data {source.path!r}: generate.prompt_tokens and max_new_tokens together"
-            check_length(run, how.prompt_tokens + how.max_new_tokens, setting)
+        if source.generate is not None:
+            to_write(source, sequence_length=distill.sequence_length)
         if images is not None and source.has_images:
             images.check(source, sequence_length=distill.sequence_length)
         else:
@@ -284,12 +281,6 @@ def check_distill(run: Run) -> None:
         with named_in("distill.watch", *WATCHED):
             tasks = tasks_of(watched)
             checked_items(tasks, watched, config=run.config(), tokenizer=tokenizer, num_ranks=num_ranks)
-
-
-def images_of(run: Run) -> ImageReader | None:
-    """What reads the images of distill.data; None where there are none. Raises as ImageReader.of does."""
-    data = run.recipe.distill.data
-    return ImageReader.of(data, checkpoint_of(run)) if run.recipe.distill.has_images else None
 
 
 def _refuse_other_recording(run: Run) -> None:

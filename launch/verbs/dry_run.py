@@ -17,7 +17,7 @@ from shoal.machine import disk_line
 from shoal.progress import doing
 
 from . import prune
-from .distill import check_distill, what_is_trained
+from .distill import check_distill, trainings_due, what_is_trained
 from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
 from .measure import check_measure, importance_of
 from .pace import eval_seconds, eval_work, measure_seconds, training_specs
@@ -213,5 +213,10 @@ def training_estimate(run: Run, plan: Plan) -> Stage:
     from shoal.train.preflight.estimate import estimate
 
     spec, *control = training_specs(run, plan)
+    if control and run.dir not in trainings_due(run, plan):
+        told, seconds, num_bytes = estimate(control[0], run.dir / CONTROL)
+        return Stage(
+            "distill", "to do", "", seconds, num_bytes, f"the control alone, as the student is trained\n{told}"
+        )
     told, seconds, num_bytes = estimate(spec, run.dir, control=control[0] if control else None)
     return Stage("distill", "to do", "", seconds, num_bytes, told)

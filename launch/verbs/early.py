@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +20,10 @@ from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import cache_dir, free_disk, make_folder, refuse_no_lock, write_text
 from shoal.components import require_layers
-from shoal.compress.free_layers import count_of, goal_of_parameters, goals_asked, refuse_impossible_layers
+from shoal.compress import free_layers
 from shoal.errors import NO_TOKEN, UserError
 from shoal.eval.report.run import read_run, read_story
-from shoal.eval.tasks.names import (
-    local_data,
-    refuse_many_shots,
-    refuse_offline,
-    refuse_other_limits,
-    refuse_unknown,
-    tasks_named,
-)
+from shoal.eval.tasks import names
 from shoal.formatting import bytes_text
 from shoal.inference.vllm import check_vllm
 from shoal.model_names import DEMO_PREFIX, name_of_model, refuse_no_model
@@ -40,7 +33,7 @@ from shoal.recipe.distill import Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import NO_TEMPLATE
 from shoal.recipe.losses import HiddenStates
 from shoal.recipe.measure import METRICS, no_metric, not_measured
-from shoal.recipe.prune import NO_CORNERSTONE, CutThese, Width
+from shoal.recipe.prune import NO_CORNERSTONE, CutThese, Target, Width
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import LOCK
 from shoal.recipe.section import AUTO, DataSource, Shapes, shaping
@@ -145,7 +138,7 @@ def _columns(asked: Asked) -> None:
     """Refuse tasks that are unknown, and to choose by a metric or task that there is not, or that is not measured."""
     prune, settings = asked.recipe.prune, asked.recipe.measure
     if settings.sweep is not None and asked.verb in MEASURE:
-        refuse_unknown(settings.sweep.tasks, asked.recipe.eval.include_path, setting="measure.sweep.tasks")
+        names.refuse_unknown(settings.sweep.tasks, asked.recipe.eval.include_path, setting="measure.sweep.tasks")
     measured = settings.sweep is not None or (asked.folder / Importance.FILE).exists()
     if asked.verb in CUT and not isinstance(prune, CutThese) and not measured:
         for name in sorted(prune.chosen_by - {*settings.metrics}):
@@ -167,7 +160,7 @@ def _training(asked: Asked) -> None:
     if distill.lora is not None:
         distill.lora.require_packages()
     if distill.watch is not None:
-        refuse_unknown(distill.watch.tasks, recipe.eval.include_path, setting="distill.watch.tasks")
+        names.refuse_unknown(distill.watch.tasks, recipe.eval.include_path, setting="distill.watch.tasks")
     by_vllm = (n for n, source in enumerate(distill.data) if source.generate and source.generate.backend == "vllm")
     if (number := next(by_vllm, None)) is not None and not any((asked.folder / "text").glob("written-*")):
         check_vllm(f"distill.data.{number}.generate.backend")  # what is written is read without it
@@ -185,15 +178,15 @@ def _scoring(asked: Asked) -> None:
     settings = asked.recipe.eval
     if settings.apply_chat_template and asked.plain is not None and chat_template(asked.plain) == "":
         raise UserError(NO_TEMPLATE)
-    local_data(settings.data_dir)
-    refuse_unknown(settings.tasks, settings.include_path)
+    names.local_data(settings.data_dir)
+    names.refuse_unknown(settings.tasks, settings.include_path)
     if settings.data_dir is None:
-        refuse_offline(settings.tasks, settings.include_path)
+        names.refuse_offline(settings.tasks, settings.include_path)
     if settings.backend == "vllm":
         check_vllm("eval.backend")
-    if (tasks := tasks_named(settings.tasks, settings.include_path)) is not None:
-        refuse_other_limits(settings.limit, tasks)
-        refuse_many_shots(settings.num_fewshot, tasks, settings.include_path)
+    if (tasks := names.tasks_named(settings.tasks, settings.include_path)) is not None:
+        names.refuse_other_limits(settings.limit, tasks)
+        names.refuse_many_shots(settings.num_fewshot, tasks, settings.include_path)
 
 
 def _crowd(asked: Asked) -> None:
@@ -285,19 +278,17 @@ def _data(asked: Asked) -> None:
         if source not in asked.recipe.distill.data:
             load_texts(source, max_characters=FIRST_CHARACTERS)
         elif isinstance(source, TrainingSource) and not source.has_images:
-            to_write(source)
-            read = documents(source)
-            looked = list(islice(read, FIRST_DOCUMENTS))
-            first = [each for each in looked if each is not None]
-            if not first and all(each is None for each in read):
+            to_write(source, sequence_length=asked.recipe.distill.sequence_length)
+            read = (each for each in documents(source) if each is not None)
+            if not (first := list(islice(read, FIRST_DOCUMENTS))):
                 raise nothing_in(opened(source))
-            if first and isinstance(first[0], Chat) and not source.generate:
-                _conversations(asked, opened(source), first, is_all=len(looked) < FIRST_DOCUMENTS)
+            if isinstance(first[0], Chat) and not source.generate:
+                _conversations(asked, opened(source), first, read)
 
 
-def _conversations(asked: Asked, source: DataSource, first: list[Any], *, is_all: bool) -> None:
-    """Refuse conversations that the model's chat template does not take, or, if the ``first`` of them are all, of which
-    no token is learnt."""
+def _conversations(asked: Asked, source: DataSource, first: list[Any], others: Iterator[Any]) -> None:
+    """Refuse conversations, the ``first`` and ``others``, that the model's chat template does not take, or of which no
+    token is learnt."""
     from shoal.data.chat import ASSISTANT, MARKS_ITSELF, check_template, nothing_learnt
     from shoal.models.looks import chat_template
 
@@ -305,9 +296,9 @@ def _conversations(asked: Asked, source: DataSource, first: list[Any], *, is_all
     if template is None:
         return
     check_template(template, source.path, first=first[0])
-    answers = (turn["role"] == ASSISTANT for chat in first for turn in chat.messages[1:])
-    is_learnt = any(answers) or MARKS_ITSELF.search(template) or asked.recipe.distill.on_policy is not None
-    if is_all and source.assistant_only and not is_learnt:
+    answers = (turn["role"] == ASSISTANT for chat in chain(first, others) for turn in chat.messages[1:])
+    is_learnt = MARKS_ITSELF.search(template) or asked.recipe.distill.on_policy is not None
+    if source.assistant_only and not is_learnt and not any(answers):
         raise nothing_learnt(source)
 
 
@@ -328,11 +319,7 @@ def _model(asked: Asked) -> None:
     target = None if isinstance(prune, CutThese) else prune.target
     lengths = {"measure.sequence_length": asked.recipe.measure.sequence_length} if asked.measures else {}
     if asked.verb in CUT and num_layers is not None:
-        goals = None
-        if target is not None and target.params is not None and not (target.memory_gb or target.speedup):
-            sizes = _by_layer(asked, num_layers, lambda tensor: math.prod(tensor.shape))
-            goals = goals_asked([goal_of_parameters(target.params, sum(sizes), sizes[1:])]) if sizes else None
-        refuse_impossible_layers(prune, num_layers, goals)
+        free_layers.refuse_impossible_layers(prune, num_layers, target and _goals(asked, target, num_layers))
     for change in prune.changes if asked.verb in CUT else ():
         if isinstance(change, Width):
             change.refuse_more(asked.config)
@@ -340,6 +327,8 @@ def _model(asked: Asked) -> None:
         lengths["prune.target.sequence_length"] = target.sequence_length
     if asked.verb in TRAIN:
         lengths["distill.sequence_length"] = distill.sequence_length
+        if isinstance(distill.teacher, Recorded):
+            distill.teacher.refuse_all(asked.number("vocab_size"))
         written = [(source.path, source.generate) for source in distill.data if source.generate is not None]
         setting = "data {!r}: generate.prompt_tokens and max_new_tokens together"
         lengths |= {setting.format(path): how.prompt_tokens + how.max_new_tokens for path, how in written}
@@ -348,6 +337,31 @@ def _model(asked: Asked) -> None:
         require_layers(wrong, num_layers or -1, "distill.losses: hidden_states: layers")
     for setting, length in lengths.items():
         files.refuse_long_rows(asked.number("max_position_embeddings"), length, setting)
+
+
+def _goals(asked: Asked, target: Target, num_layers: int) -> free_layers.Goals | None:
+    """What ``target`` asks, as far as the headers of the files tell; None where they do not.
+
+    Of a cache they tell nothing. So memory is that of the weights alone, and a speed-up at most the number of layers to
+    those that stay: weights outside of layers lower it, and every layer takes as much time where all are alike.
+    """
+    sizes = _by_layer(asked, num_layers, lambda tensor: math.prod(tensor.shape))
+    if not sizes:
+        return None
+    goals = [] if target.params is None else [free_layers.goal_of_parameters(target.params, sum(sizes), sizes[1:])]
+    if not (target.memory_gb or target.speedup):
+        return free_layers.goals_asked(goals)
+    if target.memory_gb is not None:
+        whole, *layers = _by_layer(asked, num_layers, lambda tensor: tensor.end - tensor.start)
+        words = " for the weights alone"
+        goals.append(free_layers.goal_of_memory(target.memory_gb, whole + sum(layers), layers, words))
+    kinds = asked.config.get("layer_types") or (["sliding"] if any("sliding" in key for key in asked.config) else [])
+    if target.speedup is not None and len({*sizes[1:]}) == 1 and {*kinds} <= {"full_attention"}:
+        most, text = math.floor(num_layers / target.speedup), lambda stay: f"{num_layers / stay:.4g} x"
+        goals.append(
+            free_layers.Goal("speedup", target.speedup, num_layers, most, (1,) * num_layers, text, " at the most")
+        )
+    return free_layers.Goals(tuple(goals))
 
 
 def _checkpoint(asked: Asked) -> None:
@@ -375,9 +389,9 @@ def refuse_model(verb: str, recipe: Recipe, name: str, revision: str | None = No
 def _by_layer(asked: Asked, num_layers: int, amount: Callable[[Any], int]) -> list[int]:
     """Sums of ``amount`` over the stored tensors outside the layers, then over those of each layer; empty if names and
     shapes do not tell, or not for certain."""
-    names = [name for shard in asked.shards for name in shard.tensors]
-    is_odd = "quantization_config" in asked.config or not all(name.endswith((".weight", ".bias")) for name in names)
-    is_tied = "lm_head.weight" in names and asked.config.get("tie_word_embeddings") is not False
+    stored = [name for shard in asked.shards for name in shard.tensors]
+    is_odd = "quantization_config" in asked.config or not all(name.endswith((".weight", ".bias")) for name in stored)
+    is_tied = "lm_head.weight" in stored and asked.config.get("tie_word_embeddings") is not False
     return [] if is_odd or is_tied else files.by_layer(asked.shards, num_layers, amount)
 
 
@@ -397,7 +411,7 @@ def _place(asked: Asked) -> None:
     due = [name for name, verbs in written.items() if asked.verb in verbs and not (folder / name).is_dir()]
     if not due or num_layers is None or prune.changes or getattr(prune, "target", None) is not None:
         return
-    count = len({*prune.drop}) if isinstance(prune, CutThese) else count_of(prune, num_layers)
+    count = len({*prune.drop}) if isinstance(prune, CutThese) else free_layers.count_of(prune, num_layers)
     outside, *layers = _by_layer(asked, num_layers, lambda tensor: tensor.end - tensor.start) or [0]
     needed, free = len(due) * (outside + sum(sorted(layers)[: num_layers - count])), free_disk(folder)
     if needed > free:

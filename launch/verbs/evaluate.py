@@ -6,7 +6,7 @@ Code of a stage is imported where it is used, so that a verb loads only what it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,19 +113,15 @@ def scored_beside_runs(names: Sequence[str], out: Path) -> list[Path]:
     with seeing(recipe.device):
         run = open_run(recipe)
         beside = {name: _beside(run, name, out) for name in filter(names_model, names)}
-        _score_beside(run, beside)
+        teacher = _checkpoints(run, {"teacher": run.teacher})
+        for own, checkpoint, inputs in beside.values():
+            checkpoints = {MODEL: checkpoint}
+            with locked(own):
+                _score(own, checkpoints, _due(own, {MODEL: inputs}))
+                if run.recipe.eval.speed:
+                    _speed(own, teacher | checkpoints)
+                write_story(own)
     return [beside[name][0].dir if name in beside else Path(name) for name in names]
-
-
-def _score_beside(run: Run, beside: Mapping[str, tuple[Run, Checkpoint, dict[str, Any]]]) -> None:
-    teacher = _checkpoints(run, {"teacher": run.teacher})
-    for own, checkpoint, inputs in beside.values():
-        checkpoints = {MODEL: checkpoint}
-        with locked(own):
-            _score(own, checkpoints, _due(own, {MODEL: inputs}))
-            if run.recipe.eval.speed:
-                _speed(own, teacher | checkpoints)
-            write_story(own)
 
 
 def _beside(run: Run, model: str, out: Path) -> tuple[Run, Checkpoint, dict[str, Any]]:

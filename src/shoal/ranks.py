@@ -53,6 +53,8 @@ def _place() -> tuple[int, int, int]:
         UserError: it says half of that, or what cannot be: left over from something else, it would make this a rank
             that writes nothing, or one that waits for ranks that nobody has started.
     """
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        os.environ.setdefault("LOCAL_RANK", "0")  # one process a node, as Kubeflow's PyTorchJob starts them
     said = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     if not said:
         return 0, 0, 1

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import yaml
-from tiny import set_json
+from tiny import set_json, tiny_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
@@ -215,7 +216,7 @@ def _command(words: str | list[str], folder: Path) -> int:
 
 def _python(words: str) -> int:
     try:
-        eval(words, {"shoal": shoal, "Path": Path})
+        eval(words, {"shoal": shoal, "Path": Path, "torch": torch, "tiny": lambda: tiny_model("llama")})
     except shoal.UserError as error:
         print(f"shoal: error: {error}")
         return 2

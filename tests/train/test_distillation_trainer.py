@@ -295,10 +295,6 @@ def all_frozen() -> PreTrainedModel:
             {"teacher_model_init_kwargs": {"dtype": "float32"}},
             r"teacher_model_init_kwargs: applies only to a teacher given",
         ),
-        (
-            {"losses": "forwards_kl"},
-            r"shoal.DistillationConfig: losses.0.kind: must be one of .*did you mean 'forward_kl'",
-        ),
         ({"model": with_unknown_attention()}, r"model: its attention is paged.sdpa, which for llama is not known"),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
         ({"model": all_frozen(), "trainable": None}, r"model: no weight requires a gradient; set trainable"),
@@ -316,6 +312,20 @@ def test_what_cannot_work_is_refused(tmp_path: Path, given: dict[str, Any], mess
     args = arguments(tmp_path, **given.pop("args", {}), **of_config(given))
     with pytest.raises(UserError, match=message):
         DistillationTrainer(args=args, train_dataset=TEXTS, **given)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"losses": "forwards_kl"}, "losses.0.kind: must be one of .*did you mean 'forward_kl'"),
+        ({"sequence_length": "long"}, "sequence_length: must be a whole number"),
+        ({"data_seed": -1}, r"seed: must be from 0 to below 2\*\*32 \(got -1\)"),
+        ({"optim": "none"}, "none is not a valid OptimizerNames"),
+    ],
+)
+def test_a_configuration_is_refused_as_it_is_made(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"shoal.DistillationConfig: {message}"):
+        arguments(tmp_path, **wrong)
 
 
 def test_a_student_says_itself_which_layers_are_gone_and_what_makes_up_for_them(tmp_path: Path) -> None:

@@ -88,21 +88,18 @@ def training_arguments(
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     values.pop("save_total_limit", None)
     forget_launchers()
-    try:
-        args = DistillationConfig(
-            output_dir=str(output_dir),
-            seed=seed,
-            use_cpu=not torch.accelerator.is_available(),
-            remove_unused_columns=False,
-            report_to=[],
-            label_names=["labels"],
-            losses=as_dict(settings)["losses"],
-            trainable=settings.trainable,
-            **{name: as_dict(settings)[name] for name in SAME_AS_IN_RECIPE},
-            **values,
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"distill.trainer: {str(error).strip()}") from error
+    args = DistillationConfig(
+        output_dir=str(output_dir),
+        seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+        remove_unused_columns=False,
+        report_to=[],
+        label_names=["labels"],
+        losses=as_dict(settings)["losses"],
+        trainable=settings.trainable,
+        **{name: as_dict(settings)[name] for name in SAME_AS_IN_RECIPE},
+        **values,
+    )
     vars(args).update(own)  # only now: transformers would let all of torch compute in TF32 as it reads torch_compile
     return args
 
@@ -129,7 +126,7 @@ def check_names(settings: Distill, *, ranks: int | None = None) -> None:
         if (problem := _problem(name, value, hints[name])) is not None:
             raise UserError(f"distill.trainer.{name}: {problem} (got {value!r})")
     given = {name: parameter.default for name, parameter in known.items()} | trainer_arguments.DEFAULTS | trainer
-    trainer_arguments.refuse_training(settings, ranks=None)
+    trainer_arguments.refuse_training(settings, ranks=ranks)
     _check_schedule(given)
     config = trainer_arguments.read_deepspeed(settings.deepspeed)
     if ranks is None:

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from peft import LoraConfig
 from transformers import SchedulerType, TrainingArguments
 
 from shoal.errors import UserError
 from shoal.recipe.distill import Distill, Lora, Trainable
 from shoal.recipe.losses import LossTerm
+from shoal.recipe.messages import checked
 from shoal.recipe.section import Packing
-from shoal.recipe.trainer_arguments import DEFAULTS
+from shoal.recipe.trainer_arguments import DEFAULTS, OURS, RANGES
 
 Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
 """One loss term or several, each as its kind (`"forward_kl"`), as a mapping (`{"kind": "jsd", "beta": 0.1}`) or as a
@@ -60,6 +62,32 @@ class DistillationConfig(TrainingArguments):
     """Stop if the loss exceeds this multiple of the recent median; None = stop only on NaN or infinity."""
     teacher_model_init_kwargs: dict[str, Any] | None = None
     """Arguments of from_pretrained for a teacher given by name: `dtype`, `revision`, ..."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError) as error:
+            raise UserError(f"shoal.DistillationConfig: {error}") from error
+        section_of(self)
+
+
+def section_of(args: TrainingArguments, lora: Any = None) -> Distill:
+    """The section of a recipe that says the same as ``args`` of losses, data and numbers.
+
+    Raises:
+        UserError: it would be refused in a recipe.
+    """
+    section = {
+        "losses": setting(args, "losses"),
+        "trainable": setting(args, "trainable") or "all",
+        "lora": lora,
+        "trainer": {name: getattr(args, name) for name in (*RANGES, *OURS)},
+        **{name: setting(args, name) for name in SAME_AS_IN_RECIPE},
+    }
+    for seed in (args.seed, args.data_seed or 0):
+        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+            raise UserError(f"shoal.DistillationConfig: seed: must be from 0 to below 2**32 (got {seed!r})")
+    return checked(Distill, section, source="shoal.DistillationConfig")
 
 
 def setting(args: TrainingArguments, name: str) -> Any:

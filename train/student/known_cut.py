@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,12 +63,9 @@ def known_width(student: PreTrainedModel, teacher: PreTrainedModel) -> KeptWidth
     ours, theirs = text_config(student.config), text_config(teacher.config)
     channels = next((field for field in CHANNELS if isinstance(getattr(ours, field, None), int)), None)
     narrower = None if channels is None else _other(getattr(ours, channels), getattr(theirs, channels, None))
-    groups = _other(*(_groups(config) for config in (ours, theirs)))
+    fewer, heads = "num_key_value_heads", "num_attention_heads"
+    groups = _other(*(getattr(own, fewer, None) or getattr(own, heads, None) for own in (ours, theirs)))
     return None if (narrower, groups) == (None, None) else KeptWidth(narrower, groups)
-
-
-def _groups(config: Any) -> int | None:
-    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
 
 
 def _other(own: int | None, teachers: int | None) -> int | None:

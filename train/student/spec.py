@@ -19,7 +19,7 @@ from shoal.recipe.distill import Distill, Live, Recorded, sources_that_ask
 from shoal.recipe.losses import HiddenStates, needs_teacher, reads_distributions
 from shoal.recipe.not_together import not_together
 from shoal.recipe.section import Dtype
-from shoal.recipe.trainer_arguments import DEFAULTS, batch_split
+from shoal.recipe.trainer_arguments import batch_split, num_steps
 from shoal.runtime import device
 
 from ..engine.arguments import DeepSpeed, deepspeed_config
@@ -138,12 +138,8 @@ class TrainSpec:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the training, counted as the Trainer does: rows are trained on more than once, or not all
-        of them, where `max_steps` or `num_train_epochs` says so."""
-        given = DEFAULTS | self.settings.trainer
-        if (max_steps := given.get("max_steps", -1)) > 0:
-            return max_steps
-        return math.ceil(given["num_train_epochs"] * (self.num_row_tokens // self.tokens_per_step))
+        """Optimizer steps of the training."""
+        return num_steps(self.settings, self.ranks.count * math.prod(self.batch_split))
 
 
 def train_spec(teacher: Checkpoint, student: Checkpoint, plan: Plan, settings: Distill, ranks: Ranks) -> TrainSpec:

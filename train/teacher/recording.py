@@ -314,11 +314,7 @@ class Wanted:
     def layout(self) -> Layout:
         """Its planes, told from the teacher's configuration."""
         config, top_k = text_config(self.teacher.config), self.settings.top_k
-        if top_k >= config.vocab_size:
-            raise UserError(
-                f"distill.teacher.top_k: {top_k} covers all of the {config.vocab_size:,} tokens of the vocabulary, "
-                "but the losses need some outside the top k; lower it"
-            )
+        self.settings.refuse_all(config.vocab_size)
         layout = Layout(self.sequence_length, top_k, config.vocab_size, config.hidden_size, self.states)
         if self.prefix is None:
             return layout

@@ -45,7 +45,8 @@ def first_line(text: str) -> str:
 
 def plain(text: str) -> str:
     """Without case, punctuation and double spaces; signs that mean something (degrees, currencies) stay."""
-    kept = "".join(" " if _is_punctuation(character) else character for character in text.casefold())
+    text, signs = text.casefold(), string.punctuation
+    kept = "".join(" " if each in signs or unicodedata.category(each).startswith("P") else each for each in text)
     return " ".join(kept.split())
 
 
@@ -166,7 +167,3 @@ def _is_text_of(text: str, option: str) -> bool:
     """A number is left to `starts`, and a single letter is an option's letter first."""
     wanted = _without_article(plain(option))
     return len(wanted) > 1 and not NUMBER.fullmatch(option.strip()) and _without_article(plain(text)) == wanted
-
-
-def _is_punctuation(character: str) -> bool:
-    return character in string.punctuation or unicodedata.category(character).startswith("P")

@@ -170,7 +170,7 @@ def _needle(rng: random.Random, split: str, num_sentences: int, num_needles: int
     codes = rng.sample(numbers_in(split), num_codes)
     first = round(depth / 100 * (num_sentences - 1))
     elsewhere = rng.sample([place for place in range(num_sentences) if place != first], num_codes - 1)
-    sentences = [_filler(rng, split) for _ in range(num_sentences)]
+    sentences = [rng.choice(FILLERS).format(**_words(rng, split)) for _ in range(num_sentences)]
     for index, (place, code) in enumerate(zip([first, *elsewhere], codes, strict=True)):
         if index < num_needles:
             sentences[place] = NEEDLE.format(key=keys[index], number=code)
@@ -196,10 +196,6 @@ def _needle(rng: random.Random, split: str, num_sentences: int, num_needles: int
         question=f"{text}\n\n{question}",
         params={"num_sentences": num_sentences, "num_needles": num_needles, "num_asked": num_asked, "depth": depth},
     )
-
-
-def _filler(rng: random.Random, split: str) -> str:
-    return rng.choice(FILLERS).format(**_words(rng, split))
 
 
 def _words(rng: random.Random, split: str) -> dict[str, str]:

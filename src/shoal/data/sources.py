@@ -62,10 +62,22 @@ def load_texts(source: DataSource, *, max_characters: int | None = None) -> list
     return texts
 
 
-def to_write(source: TrainingSource) -> TrainingSource:
-    """A source that the teacher writes, with its columns."""
-    found = opened(source)
-    if source.generate is not None and source.generate.keep == "correct" and not found.is_chat:
+NO_OPENING = "no text has the {} tokens that the teacher starts from; lower generate.prompt_tokens, or name other texts"
+
+
+def to_write(source: TrainingSource, *, sequence_length: int) -> TrainingSource:
+    """A source that the teacher writes, for rows of ``sequence_length``, with its columns."""
+    found, how = opened(source), source.generate
+    if how is not None and found.is_chat and how.max_new_tokens >= sequence_length:
+        raise UserError(
+            f"data {source.path!r}: generate.max_new_tokens: {how.max_new_tokens} leave no room for a question in a "
+            f"row of {sequence_length}; lower it, or raise distill.sequence_length"
+        )
+    if how is not None and not found.is_chat and local_files(source):
+        longest = max(len(text.encode()) for text in load_texts(found, max_characters=1_000_000))
+        if longest + 1 < how.prompt_tokens:  # no token but the first is less than a byte
+            raise UserError(f"data {source.path!r}: {NO_OPENING.format(how.prompt_tokens)}")
+    if how is not None and how.keep == "correct" and not found.is_chat:
         raise UserError(
             f"data {source.path!r}: holds texts, and generate.keep: correct compares answers; name conversations "
             "(`messages`, or `prompt` and `completion`), or set it to all"

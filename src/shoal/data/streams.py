@@ -39,7 +39,7 @@ from shoal.data.packing import (
 )
 from shoal.data.sources import CHARACTERS_PER_TOKEN, Item, documents, nothing_in, opened, size_of, source_names
 from shoal.errors import UserError
-from shoal.progress import progress
+from shoal.progress import each
 from shoal.recipe.section import DataSource, Packing
 
 T = TypeVar("T")
@@ -117,12 +117,11 @@ def pack(
         rows = rows_by_kind(rows, layout.rows_per_step)
     marked = padded or any(source.assistant_only for source, _ in sources)
     without = [*(() if marked else ("supervised",)), *(() if layout.with_sources else (SOURCES,))]
-    with progress("text: rows packed", total=num_rows, unit="rows") as step:
-        rows = _counted(teaching_rows(rows, names, counts), step)
-        if layout.folder is None or num_rows is None:
-            planes = collect(rows, num_rows, sequence_length, without=without)
-            return packed_rows({name: torch.from_numpy(plane) for name, plane in planes.items()}, counts)
-        write_rows(layout.folder, rows, num_rows, sequence_length, without=without)
+    rows = each(teaching_rows(rows, names, counts), "text: rows packed", total=num_rows, unit="rows")
+    if layout.folder is None or num_rows is None:
+        planes = collect(rows, num_rows, sequence_length, without=without)
+        return packed_rows({name: torch.from_numpy(plane) for name, plane in planes.items()}, counts)
+    write_rows(layout.folder, rows, num_rows, sequence_length, without=without)
     for name, (source, _) in zip(names, sources, strict=True):
         if source.has_images and not counts[name]["documents"]:
             raise UserError(
@@ -147,12 +146,6 @@ def _filled(
         return rows_apart(streams, weights, layout.groups, fill)
     drawn = draw(streams, weights)
     return fill(itertools.takewhile(lambda document: document[1].epoch == 0, drawn) if once else drawn)
-
-
-def _counted(items: Iterable[T], step: Callable[[], object]) -> Iterator[T]:
-    for item in items:
-        step()
-        yield item
 
 
 def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, packing: Packing = "wrapped") -> None:

@@ -9,8 +9,9 @@ import math
 import re
 import shutil
 import struct
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ NEEDS_CODE = (
 UNKNOWN_TYPE = "this version of transformers does not know the architecture; upgrade it, or give another model"
 WRONG_SHAPES = f"the weights do not have the shapes that config.json gives; {DOWNLOAD_AGAIN}"
 OWN_FOLDER = "is the teacher's own folder, or contains it; choose another folder for the student"
+LONGEST_TEMPLATE = 200_000
+"""Characters of a chat template; those of models have some thousands."""
 SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 OTHER_VOCABULARIES = ("*.model", "*.tiktoken", "vocab.txt")
@@ -128,24 +131,19 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
-        return [folder / name for name in _indexed(folder / INDEX_FILE)]
+    if (index := folder / INDEX_FILE).is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if elsewhere := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"{elsewhere[0]!r} is not a file of this folder")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{index}: is damaged ({error!r}); {DOWNLOAD_AGAIN}") from error
+        return [folder / name for name in names]
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     raise UserError(
         f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there, only {', '.join(others) or 'no weights'}; give "
         "a complete checkpoint in safetensors (shoal never opens pickled weights)"
     )
-
-
-def _indexed(index: Path) -> list[str]:
-    """The names of the files of a checkpoint in several, which lie beside their ``index``."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if elsewhere := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{elsewhere[0]!r} is not a file of this folder")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: is damaged ({error!r}); {DOWNLOAD_AGAIN}") from error
-    return names
 
 
 def read_shards(folder: Path) -> list[Shard]:
@@ -167,7 +165,7 @@ def check_checkpoint(folder: Path) -> None:
     A safetensors file says in its header how long it must be, so that a torn file shows without reading its data.
     """
     check_config(folder)
-    for name in ("tokenizer_config.json", "special_tokens_map.json", WRITING):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         json_or_empty(folder / name)
     refuse_more_layers(folder, shards := read_shards(folder))
     shapes = [(name, tensor.shape) for shard in shards for name, tensor in shard.tensors.items()]
@@ -225,6 +223,8 @@ def check_config(folder: Path) -> None:
         )
     for file in folder.iterdir():
         refuse_endless(file)
+        if file.suffix == ".jinja" and file.is_file() and file.stat().st_size > LONGEST_TEMPLATE:
+            raise UserError(f"{file}: has {file.stat().st_size:,} bytes, which take minutes to read; {DOWNLOAD_AGAIN}")
     config = json_or_empty(folder / "config.json")
     sections = [config, text_part(config)]
     ropes = [rope for part in sections for rope in map(part.get, ("rope_parameters", "rope_scaling"))]
@@ -237,10 +237,12 @@ def check_config(folder: Path) -> None:
             raise UserError(f"{folder}: config.json has {name}: {number!r}; correct it, or {DOWNLOAD_AGAIN}")
     text = text_part(config)
     wrong = [name for name in _KNOWN["flags"].split() if not isinstance(text.get(name), bool | None)]
-    tokens = {name: own if isinstance(own := text.get(name), list) else [own] for name in _KNOWN["tokens"].split()}
-    wrong += [name for name, own in tokens.items() if not all(type(each) in (int, type(None)) for each in own)]
     if wrong:
         raise UserError(f"{folder}: config.json has {wrong[0]}: {text[wrong[0]]!r}; correct it, or {DOWNLOAD_AGAIN}")
+    for file in ("config.json", WRITING):
+        said = text_part(json_or_empty(folder / file))
+        if name := wrong_token(said, text.get("vocab_size")):
+            raise UserError(f"{folder}: {file} has {name}: {said[name]!r}; correct it, or {DOWNLOAD_AGAIN}")
     has_size = any(text[key] and re.search("head_dim|head_size|kv_channels|d_kv", key) for key in text)
     for name, other in DIVIDE[: 2 - has_size]:
         part, whole = text.get(name), text.get(other)
@@ -252,6 +254,18 @@ def check_config(folder: Path) -> None:
         raise UserError(f"{folder}: config.json has architectures: {names!r}; set it to a list with the class's name")
     if names and names[0].endswith(NO_DECODERS):
         raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
+
+
+def wrong_token(said: Mapping[str, Any], vocabulary: Any) -> str | None:
+    """Which key of ``said`` names a token that is none of the ``vocabulary``, where that is a number; a pad token of -1
+    is none. Of the first token a model's own tokenizer decides."""
+    most = vocabulary if type(vocabulary) is int else sys.maxsize
+    for name, least in _KNOWN["tokens"].items():
+        own = said.get(name)
+        for token in own if isinstance(own, list | tuple) else [own]:
+            if token is not None and not (type(token) is int and (least is None or least <= token < most)):
+                return name
+    return None
 
 
 def model_fingerprint(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from shoal.machine import fast_dtype
 from shoal.model_names import DEMO_PREFIX, refuse_no_model
 from shoal.models.anatomy import decoder_body, text_config
 from shoal.models.attention import named
-from shoal.models.checkpoint_files import NOT_CAUSAL
+from shoal.models.checkpoint_files import NOT_CAUSAL, wrong_token
 from shoal.models.families import family
 from shoal.models.load import Checkpoint, LoadSettings, pad_with_end, refuse_ids_beyond
 from shoal.models.packed_attention import VARLEN
@@ -41,6 +42,8 @@ def as_model(model: Model, name: str = "model", *, is_placed: bool = True, **set
     Raises:
         UserError: there is none of that name, it cannot be loaded, or as require_usable.
     """
+    if torch.get_default_device().type == "meta":
+        raise UserError(f"{name}: torch's default device is meta, which computes nothing; call shoal outside of that")
     if isinstance(model, str):
         given = {"dtype": fast_dtype(device()).dtype, **settings}
         refuse_no_model(model, revision := given.pop("revision", None))
@@ -75,12 +78,20 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
         )
     count = getattr(text_config(model.config), "num_hidden_layers", sys.maxsize)
     numbers = [getattr(module, "layer_idx", None) or 0 for module in decoder_body(model).modules()]
+    lists = [each for each in decoder_body(model).modules() if isinstance(each, nn.ModuleList)]
+    rows, ends = vocabulary_rows(model), getattr(model, "generation_config", None)
+    token = wrong_token(vars(text_config(model.config)), rows) or wrong_token(vars(ends) if ends else {}, rows)
     writes = model.can_generate() or model.get_output_embeddings() is not None
     is_empty = not hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters())
     wrong = {
         "is on the meta device and has no weights; load it with from_pretrained": is_empty,
         f"{type(model).__name__} {NOT_CAUSAL}": not writes or getattr(model.config, "is_encoder_decoder", False),
         "holds adapters of PEFT; merge them first": any(".base_layer." in each for each, _ in model.named_parameters()),
+        "has no layers, or one of them twice; give each its own": any(
+            not 0 < len(each) == len({*each}) for each in lists
+        ),
+        f"has weights in {_both_dtypes(model)}; give all one, with .to(dtype)": _both_dtypes(model),
+        f"{token} names a token beyond the {rows:,} rows of its embeddings; correct its configurations": token,
         f"numbers a layer beyond its {count}; drop layers with shoal.cut_model": max(numbers) >= count,
         "its config.return_dict is false; set it to True": getattr(model.config, "return_dict", True) is False,
     }
@@ -95,6 +106,21 @@ def require_usable(model: PreTrainedModel, name: str = "model") -> None:
             "keep apart documents that share a row; load it with attn_implementation='sdpa', or call "
             "set_attn_implementation('sdpa')"
         )
+
+
+def _both_dtypes(model: PreTrainedModel) -> str:
+    """Two precisions of embeddings, or of maps of one name in several layers; empty if there are none."""
+    found: dict[str, set[torch.dtype]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.is_floating_point():
+            found.setdefault(re.sub(r"\d+", "N", name), set()).add(module.weight.dtype)
+    return next((" and ".join(sorted(map(str, own))) for own in found.values() if len(own) > 1), "")
+
+
+def vocabulary_rows(model: PreTrainedModel) -> int:
+    """Rows of the embeddings, whose weight may be sharded; of embeddings that do not tell, more than there can be."""
+    embeddings = model.get_input_embeddings()
+    return embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else sys.maxsize
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -113,10 +139,7 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, model: PreTrain
             raise UserError(f"tokenizer: none found under the model's name, {source!r}; pass the tokenizer") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"tokenizer: is {type(tokenizer).__name__}; give a tokenizer of transformers")
-    embeddings = model.get_input_embeddings()
-    rows = (
-        embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else sys.maxsize
-    )  # its weight may be sharded
+    rows = vocabulary_rows(model)
     has_more = max(tokenizer.get_vocab().values(), default=0) >= rows
     pad: Any = tokenizer.pad_token_id
     if has_more or pad is None:

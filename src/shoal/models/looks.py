@@ -129,6 +129,8 @@ def chat_template(folder: Path) -> str | None:
     """The chat template in ``folder``; empty if there is none, and None if there are several, or none for certain."""
     file, others = folder / "chat_template.jinja", [*folder.glob("*template*")]
     said = files.json_or_empty(folder / "tokenizer_config.json").get("chat_template") or ""
+    if len(str(said)) > files.LONGEST_TEMPLATE:
+        raise UserError(f"{folder}: tokenizer_config.json has a chat_template of {len(str(said)):,} characters; cut it")
     if file.is_file() and not said and others == [file]:
         return read_text(file)
     return said if isinstance(said, str) and not others else None

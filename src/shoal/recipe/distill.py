@@ -83,6 +83,14 @@ class Recorded(Section):
     backend: Annotated[Literal["transformers", "vllm"], Shapes.SIGNALS | Shapes.TRAINING] = "transformers"
     """Library that runs the teacher. `vllm`: must be installed, runs on one rank, and must agree with transformers."""
 
+    def refuse_all(self, vocabulary: int | None) -> None:
+        """Refuse to store every token of the ``vocabulary``."""
+        if vocabulary is not None and self.top_k >= vocabulary:
+            raise UserError(
+                f"distill.teacher.top_k: {self.top_k} covers all of the {vocabulary:,} tokens of the vocabulary, but "
+                "the losses need some outside the top k; lower it"
+            )
+
     def folder(self, run_dir: str | Path) -> Path:
         """Where the files of a run lie."""
         return Path(self.path or f"{run_dir}/signals").expanduser()
@@ -216,6 +224,9 @@ class Distill(Section):
     def __post_init__(self) -> None:
         if self.profile is not None and self.profile[0] > self.profile[1]:
             raise ValueError(f"profile: the end is not above the beginning (got {list(self.profile)})")
+        if self.on_policy is not None and self.on_policy.max_new_tokens >= self.sequence_length:
+            told = f"{self.on_policy.max_new_tokens} tokens have no room in a row of {self.sequence_length}"
+            raise ValueError(f"on_policy.max_new_tokens: {told}; lower it, or raise sequence_length")
         if self.watch is not None and not self.watch.scores and self.watch.metric_for_best_model is None:
             object.__setattr__(self, "watch", None)
         # transformers' words for precision: said where nothing else is, or said twice

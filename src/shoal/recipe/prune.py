@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from shoal.errors import UserError
 from shoal.formatting import listed
@@ -96,7 +96,7 @@ class Cut(Section):
 class CutThese(Cut):
     """Drop layers by number."""
 
-    drop: Annotated[Layers, Shapes.PLAN]
+    drop: Annotated[Layers, AfterValidator(lambda layers: tuple(sorted(layers))), Shapes.PLAN]
     """Layers of the teacher to drop, counted from 0. May be empty if prune.changes is set. Default: chosen by
     prune.metric."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from shoal.ranks import world_size
 from shoal.recipe.asked import at, refused
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.field_words import TRAINING_ARGUMENTS, field_word
+from shoal.recipe.section import AUTO
 from shoal.yaml_text import own_yaml
 
 if TYPE_CHECKING:
@@ -197,6 +199,19 @@ def refuse_training(settings: Distill, *, ranks: int | None) -> None:
         for key, own in zip(DEEPSPEED_BATCH, (rows * steps * ranks, rows, steps), strict=True):
             if type(config.get(key)) is int and config[key] != own:
                 raise UserError(told["batch"].format(key=key, said=config[key], ranks=ranks, own=own))
+        is_known = settings.num_tokens or all(source.path != AUTO for source in settings.data)
+        last = num_steps(settings, rows * steps * ranks) if is_known else math.inf
+        if settings.profile is not None and settings.profile[1] > last:
+            raise UserError(told["profile"].format(said=[*settings.profile], last=last))
+
+
+def num_steps(settings: Distill, rows: int) -> int:
+    """Optimizer steps, of so many ``rows`` each, counted as the Trainer does: data are trained on more than once, or
+    not all of them, where `max_steps` or `num_train_epochs` says so."""
+    given = DEFAULTS | settings.trainer
+    if (max_steps := given.get("max_steps", -1)) > 0:
+        return max_steps
+    return math.ceil(given["num_train_epochs"] * math.ceil(settings.budget / (rows * settings.sequence_length)))
 
 
 def refuse_deepspeed(config: Mapping[str, Any], settings: Distill, precision: str, *, on_cpu: bool) -> None:
