@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DISTANCES_S = (4.0, 15.0, 60.0, 300.0)
-"""Seconds of silence before the first line about a piece of work, the second, ...; the last one goes on."""
+"""Seconds before the first line about a piece of work, from that to the second, ...; the last one goes on."""
+SILENCE_S = DISTANCES_S[0]
+"""Seconds in which nothing was said by anybody before any of these lines."""
 POLL_S = 0.5
 """Seconds between two looks of the thread; bars are drawn as often."""
 BYTES = "bytes"
@@ -43,6 +45,8 @@ class Work:
     def __init__(self, label: str, total: int | None, unit: str, started: float) -> None:
         self.label, self.total, self.unit, self.started = label, total, unit, started
         self.done = self._known = self.lines = 0
+        self.said = started
+        """When its last line was said. Its own: a training would never speak that saves often."""
         self.note = ""
         """Text behind the counts, such as the loss."""
         self.bar: Any = None
@@ -153,8 +157,9 @@ class Speaker:
                     work.draw(stream, now)
             elif self.works:
                 work = self.works[-1]
-                if now - self.last_said >= DISTANCES_S[min(work.lines, len(DISTANCES_S) - 1)]:
-                    work.lines += 1
+                is_due = now - work.said >= DISTANCES_S[min(work.lines, len(DISTANCES_S) - 1)]
+                if is_due and now - self.last_said >= SILENCE_S:
+                    work.lines, work.said = work.lines + 1, now
                     self._say(work)
 
     def _say(self, work: Work, *, finished: bool = False) -> None:

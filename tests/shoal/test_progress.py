@@ -95,6 +95,17 @@ def test_of_nested_work_the_innermost_is_told(speaker, clock, caplog):
     assert [line.split(":")[0] for line in caplog.messages] == ["measure", "measure", r"search\x1b", r"search\x1b"]
 
 
+def test_a_training_that_saves_every_minute_is_told_of_and_not_its_saving(speaker, clock, caplog):
+    with speaker.telling("training", 1200, "steps") as step:
+        for _ in range(20):
+            clock.run(speaker, 58)
+            step(60)
+            with speaker.telling("saving", None, ""):
+                clock.run(speaker, 2)
+    assert {message.split(":")[0] for message in caplog.messages} == {"training"}
+    assert len(caplog.messages) == 7, "after 4 s, 19 s, 79 s, then every five minutes, and at the end"
+
+
 def test_a_failure_leaves_nothing_behind_that_would_go_on_talking(speaker, clock, caplog):
     with contextlib.suppress(ValueError), speaker.telling("measure", 10, "rows"):
         clock.run(speaker, 4.0)
