@@ -21,12 +21,10 @@ from shoal.models.anatomy import decoder_body, decoder_layers, state_of, watched
 
 from ..edits.sublayers import probe_ids, probing
 from .metric import Layers, Metric, Need, Result, Runs, Yields
-from .observation import Observation, Quantity, Reading, cosine
+from .observation import Observation, Reading, cosine
 
 SMALLEST_NORM = 1e-6
 """Lower bound of a state's norm where something is divided by it."""
-SILENCE = 1e-6
-"""Term that keeps AVSS's share of silent units away from zero, where the score divides by it."""
 MKA_SIGMA = 8.0
 """Width of MKA's kernel, in the state's median distances."""
 MKA_DENSITY_EXPONENT = 0.5
@@ -161,44 +159,6 @@ class StreamlineCosine(_Pairs):
         return super()._mean().clamp(0, 1)  # float32 cosines of equal states round to a little above 1
 
 
-class AvssOutput(HiddenMetric):
-    """Activation variance over sparsity of the layer's output (AVSS, arXiv:2411.02117). A weak baseline.
-
-    With a = h_{l+1}: s2_l = mean over documents of the variance over hidden units of the document's mean a;
-    S_l = share of units, over all tokens, with |a| < 0.001 times the root mean square of the token's a. The score is
-    s2_l / (S_l + 1e-6), divided by its sum over layers. The published fixed threshold of 1e-5 finds nothing in half
-    precision and divides by zero. Layers are ranked by score; the authors' code cuts a cumulative sum in layer order,
-    which takes early layers whatever they score. The residual stream grows with depth, and this score with it.
-    """
-
-    yields: ClassVar[Yields] = "layers"
-    reads: ClassVar[frozenset[Reading]] = frozenset({"output_spread"})
-    spread: ClassVar[Quantity] = "output_spread"
-
-    def sums_shape(self) -> tuple[int, ...]:
-        """Per layer variances and silent units; in the last row documents and tokens."""
-        return (self.num_layers + 1, 2)
-
-    def add(self, seen: Observation) -> None:
-        self.sums[:-1] += seen.of_layers(self.spread)
-        self.sums[-1] += torch.tensor([len(seen.batch.last_M), seen.batch.num_tokens])
-
-    def scores(self) -> Layers:
-        documents, tokens = self.sums[-1].tolist()
-        variances = self.sums[:-1, 0] / documents
-        silent = self.sums[:-1, 1] / (tokens * self.width)
-        ratios = variances / (silent + SILENCE)
-        # every ratio is 0 where all states are equal; the smallest float64 then divides in the sum's place
-        return tuple((ratios / ratios.sum().clamp(min=torch.finfo(torch.float64).tiny)).tolist())
-
-
-class AvssUpdate(AvssOutput):
-    """AVSS of the layer's update a = D_l, otherwise like avss_output. Free of the residual stream's growth."""
-
-    reads: ClassVar[frozenset[Reading]] = frozenset({"update_spread"})
-    spread: ClassVar[Quantity] = "update_spread"
-
-
 class MkaSimilarity(HiddenMetric):
     """1 - S(h_l, h_{l+1}): how little of its input's manifold a layer's output keeps (MKA, arXiv:2406.16330).
 
@@ -273,8 +233,6 @@ HIDDEN_METRICS: dict[str, type[HiddenMetric]] = {
     "angular": Angular,
     "streamline_cosine": StreamlineCosine,
     "update_norm": UpdateNorm,
-    "avss_output": AvssOutput,
-    "avss_update": AvssUpdate,
     "mka_similarity": MkaSimilarity,
 }
 

@@ -23,24 +23,21 @@ from shoal.runtime import queued
 
 from .metric import Calibration
 
-Reading = Literal["products", "updates", "output_spread", "update_spread", "last", "cosines", "sample"]
+Reading = Literal["products", "updates", "last", "cosines", "sample"]
 """Quantity that a metric reads. products: inner ones of a layer's input and output; updates: norms of their difference;
-spread: sums that AVSS needs of one of them; last: states of documents' last tokens; cosines: those between all layers,
-summed over tokens; sample: states of some tokens."""
+last: states of documents' last tokens; cosines: those between all layers, summed over tokens; sample: states of some
+tokens."""
 
-Quantity = Literal["products", "before_squares", "after_squares", "update_squares", "output_spread", "update_spread"]
+Quantity = Literal["products", "before_squares", "after_squares", "update_squares"]
 """Number of every layer; squares: squared norms of its input, its output and what it adds."""
 
 NUMBERS = ("products", "before_squares", "after_squares", "update_squares")
-SPREADS = ("output_spread", "update_spread")
 
 PIECE_ELEMENTS = {"cpu": 1 << 18}
 """Elements of a hidden state that are multiplied at one time, by device type: on a CPU what fits its cache."""
 DEFAULT_PIECE_ELEMENTS = 1 << 26
 ROWS_MULTIPLE = 16
 """Products of matrices with so many rows take half the time of those with one row less."""
-SPARSE_BELOW = 1e-3
-"""A unit counts as silent below this share of its token's root mean square."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,6 @@ class Batch:
     """Indices in the calibration data."""
     input_ids_BS: Tensor
     position_ids_BS: Tensor
-    document_T: Tensor
-    """Index of every token's document."""
-    lengths_M: Tensor
-    """Tokens per document."""
     last_M: Tensor
     """Flat indices of every document's last token."""
     sample_K: Tensor
@@ -67,7 +60,6 @@ class Batch:
         """The rows ``rows_B``; ``sample_K2`` is the whole pass's sample, of which some tokens may lie in them."""
         position_ids_BS = calibration.rows.position_ids_NS[rows_B].long()
         starts_BS = document_starts(position_ids_BS)
-        document_T = starts_BS.flatten().cumsum(0) - 1
         ends_T = starts_BS.roll(-1, dims=1).flatten()  # the next token starts a document, or the row ends
         # of the pass's sample: which row of this batch, and which entry of the sample
         place_K, slots_K = (rows_B[:, None] == sample_K2[:, 0]).nonzero(as_tuple=True)
@@ -76,8 +68,6 @@ class Batch:
             rows_B,
             queued(calibration.rows.input_ids_NS[rows_B], device),
             queued(position_ids_BS, device),
-            document_T=queued(document_T, device),
-            lengths_M=queued(document_T.bincount(), device),
             last_M=queued(ends_T.nonzero().flatten(), device),
             sample_K=queued(sample_K, device),
             slots_K=slots_K,
@@ -110,13 +100,8 @@ class Observation:
         found["after_squares"].append(torch.linalg.vecdot(after, after))
         if "products" in reads:
             found["products"].append(torch.linalg.vecdot(before, after))
-        if "output_spread" in reads:
-            found["output_spread"].append(self._spread_2(after, found["after_squares"][-1]))
-        if reads & {"updates", "update_spread"}:
-            update = after - before
-            found["update_squares"].append(torch.linalg.vector_norm(update, dim=1).square())
-            if "update_spread" in reads:
-                found["update_spread"].append(self._spread_2(update, found["update_squares"][-1]))
+        if "updates" in reads:
+            found["update_squares"].append(torch.linalg.vector_norm(after - before, dim=1).square())
 
     def _keep(self, state_TD: Tensor) -> None:
         if "last" in self._reads:
@@ -126,28 +111,15 @@ class Observation:
         if "cosines" in self._reads:
             self._found["states"].append(state_TD)
 
-    def _spread_2(self, states_TD: Tensor, squares_T: Tensor) -> Tensor:
-        """Variances of documents' mean states over hidden units, and silent units, both added up."""
-        lengths_M, width = self.batch.lengths_M, states_TD.shape[1]
-        pooled_MD = torch.zeros(len(lengths_M), width, device=states_TD.device)
-        pooled_MD.index_add_(0, self.batch.document_T, states_TD)
-        means_MD = pooled_MD / lengths_M[:, None]
-        silent_T = (states_TD.abs() < (SPARSE_BELOW * (squares_T / width).sqrt())[:, None]).sum(1)
-        return torch.stack([means_MD.var(dim=1, correction=0).double().sum(), silent_T.double().sum()])
-
     def of_layers(self, quantity: Quantity) -> Tensor:
-        """What was found of every layer: (L, T) for each token, or of a spread (L, 2), the variance of the document's
-        mean state over hidden units, summed over documents, and the number of silent units, summed over tokens."""
+        """What was found of every layer for each token, (L, T)."""
         return self._fetched[quantity]
 
     @cached_property
     def _fetched(self) -> dict[str, Tensor]:
-        """of_layers; a GPU is waited for once for all of one shape."""
-        fetched: dict[str, Tensor] = {}
-        for quantities in (NUMBERS, SPREADS):
-            if found := {name: torch.stack(self._found[name]) for name in quantities if name in self._found}:
-                fetched |= zip(found, torch.stack(list(found.values())).cpu().double(), strict=True)
-        return fetched
+        """of_layers; a GPU is waited for once for all."""
+        found = {name: torch.stack(self._found[name]) for name in NUMBERS if name in self._found}
+        return dict(zip(found, torch.stack(list(found.values())).cpu().double(), strict=True)) if found else {}
 
     @property
     def last_MLD(self) -> Tensor:

@@ -32,7 +32,7 @@ GENERAL_METRICS = [
     *("block_influence", "angular", "streamline_cosine", "update_norm", "mka_similarity", "magnitude"),
     *("taylor", "taylor_plus", "single_drop_perplexity", "sleb", "blockpruner"),
 ]
-PAPER_METRICS = ["avss_output", "avss_update", "present_absent", "local_shapley"]
+PAPER_METRICS = ["present_absent", "local_shapley"]
 DIVERGENCES = [
     *("reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl"),
     *("taid", "dkd", "total_variation", "cross_entropy"),

@@ -99,28 +99,6 @@ def test_update_norm_is_the_mean_relative_size_of_what_a_layer_adds(kind: str) -
     assert measure(model).layers["update_norm"] == pytest.approx(expected, rel=2e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["output", "update"])
-def test_avss_is_variance_over_sparsity(kind: str, mode: str) -> None:
-    model = tiny_model(kind)
-    states = states_by_document(model, ROWS)
-    ratios = []
-    for layer in range(NUM_LAYERS):
-        variances, silent = [], []
-        for document in states:
-            active = document[layer + 1] - (document[layer] if mode == "update" else 0)
-            pooled = [mean(unit.tolist()) for unit in active.T]
-            variances.append(mean([(unit - mean(pooled)) ** 2 for unit in pooled]))
-            for token in active.tolist():
-                threshold = 1e-3 * math.sqrt(mean([unit**2 for unit in token]))
-                silent += [float(abs(unit) < threshold) for unit in token]
-        ratios.append(mean(variances) / (mean(silent) + 1e-6))
-    expected = [ratio / sum(ratios) for ratio in ratios]
-    found = measure(model).layers[f"avss_{mode}"]
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert sum(found) == pytest.approx(1)
-
-
 def diffusion_map(states: np.ndarray) -> np.ndarray:
     size = len(states)
     distances = np.array([[np.linalg.norm(one - other) for other in states] for one in states])
@@ -164,7 +142,7 @@ def test_layers_that_do_nothing_score_lowest_under_every_metric() -> None:
     for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
         decoder_layers(model)[2].get_parameter(name).data.zero_()
     scores = measure(model)
-    for name in ("block_influence", "update_norm", "avss_update", "mka_similarity"):
+    for name in ("block_influence", "update_norm", "mka_similarity"):
         assert scores.layers[name][2] == 0, name
         assert min(scores.layers[name][:2] + scores.layers[name][3:]) > 0, name
     for name in ("angular", "streamline_cosine"):
