@@ -54,13 +54,16 @@ def refuse_unknown(
     """Refuse a name that no task file defines; ``setting`` is what names them."""
     folders = task_folders(include_path)
     described, tags = described_tasks(folders)
-    for file in (file for folder in folders[2:] for file in sorted(folder.rglob("*.yaml"))):
-        if NAMES.search(text := read_text(file).removeprefix("\ufeff")) and any(name in text for name in names):
+    own = {file: read_text(file) for folder in folders[2:] for file in sorted(folder.rglob("*.yaml"))}
+    for file, text in own.items():
+        if NAMES.search(text := text.removeprefix("\ufeff")) and any(name in text for name in names):
             _refuse_task_file(file)
             if taken := next((name for name in TASKS.findall(text) if name in described), None):
                 raise UserError(f"{file}: task: {taken!r} is a task of shoal's, which would be scored; rename yours")
     for name in names:
         if name not in described and name not in tags and name not in _defined(folders):
+            for file in (file for file, text in own.items() if name in text):
+                _with_includes(file)  # a torn file defines nothing
             raise unknown(name, folders, setting)
 
 
