@@ -332,7 +332,9 @@ def work_of(tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_t
         scale = counts[name] / len(by_item)
         items += counts[name]
         requests += round(scale * sum(map(len, by_item)))
-        rest = sum(_characters(of_item) - shared for of_item in by_item)
+        prompted = sum(sum(map(len, dict.fromkeys(args[0] for args in own))) - shared for own in by_item)
+        answers = (args[1] for own in by_item for args in own if len(args) > 1)
+        rest = prompted + sum(len(answer) for answer in answers if isinstance(answer, str))
         read += (shared + scale * rest) / CHARACTERS_PER_TOKEN
         written += scale * sum(_new_tokens(args) for of_item in by_item for args in of_item)
     return Work(items, requests, round(read), round(written))
@@ -343,11 +345,6 @@ def _requests(task: Any, doc: dict[str, Any]) -> list[tuple[Any, ...]]:
     prompt = task.fewshot_context(doc, int(task.config.num_fewshot or 0))
     requests = task.construct_requests(doc, prompt, metadata=(task.task_name, 0, 1))
     return [request.args for request in (requests if isinstance(requests, list) else [requests])]
-
-
-def _characters(requests: list[tuple[Any, ...]]) -> int:
-    prompts = dict.fromkeys(args[0] for args in requests)
-    return sum(map(len, prompts)) + sum(len(args[1]) for args in requests if len(args) > 1 and isinstance(args[1], str))
 
 
 def _new_tokens(args: tuple[Any, ...]) -> int:

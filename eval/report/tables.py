@@ -264,13 +264,9 @@ def flips(comparison: Comparison) -> list[Flips]:
 
 def _texts(before: ItemScore, after: ItemScore) -> tuple[str, ...]:
     texts = (before.id, before.question, before.target, before.prediction, after.prediction)
-    return tuple(_clipped(text.strip()) for text in texts)
-
-
-def _clipped(text: str) -> str:
-    """The text, of a long one its beginning and end: a question stands at the end, a loop shows in both."""
-    half = MOST_CHARACTERS // 2
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}"
+    half, whole = MOST_CHARACTERS // 2, (text.strip() for text in texts)
+    # of a long text its beginning and end: a question stands at the end, a loop shows in both
+    return tuple(text if len(text) <= MOST_CHARACTERS else f"{text[:half]} … {text[-half:]}" for text in whole)
 
 
 def identifier_table(run: Run) -> Table:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import ConfigDict, ValidationError
 
 from shoal.atomic_files import fingerprint, refuse_endless, strict_json, write_text
-from shoal.errors import UserError
+from shoal.errors import UserError, explained_paths
 from shoal.recipe.section import adapter
 
 Json = Any
@@ -83,16 +83,22 @@ class Artifact:
         """The content of the file: all fields, and values computed from them for readers of the file."""
         return adapter(type(self)).dump_python(self, mode="json")
 
+    def place(self, path: str | Path) -> Path:
+        """The file that save writes; raises as that does."""
+        with explained_paths():
+            path, own, held = self._file(path), self.schema().rpartition("/")[0] + "/", ""
+            if path.exists() and not (path.is_file() and (held := _schema_of(path)).startswith(own)):
+                held = held or "something else than a result"
+                raise UserError(f"{path}: holds {held}, not {self.schema()}; give another path, or delete the file")
+        return path
+
     def save(self, path: str | Path) -> None:
         """Write the complete file to ``path``; if this is a folder, under the usual name in it.
 
         Raises:
             UserError: ``path`` is an existing file with other content.
         """
-        path, body = self._file(path), self.body()
-        if path.is_file() and not (held := _schema_of(path)).startswith(self.schema().rpartition("/")[0] + "/"):
-            held = held or "something else than a result"
-            raise UserError(f"{path}: holds {held}, not {self.schema()}; give another path, or delete the file")
+        path, body = self.place(path), self.body()
         origin = body.pop("provenance")
         internal = {"inputs": origin["inputs"], "environment": origin["environment"]}
         internal |= {name: body.pop(name) for name in self.INTERNAL}

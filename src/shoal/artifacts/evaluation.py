@@ -153,8 +153,9 @@ class Scores(Tabular, Artifact):
 
     def save(self, path: str | Path) -> None:
         """Write the file to ``path`` and its items next to it. The file appears only after its items are complete."""
-        path = self._file(path)
-        path.unlink(missing_ok=True)
+        path = self.place(path)
+        if path.exists():
+            path.unlink()
         dump = adapter(ItemScore).dump_python
         items = (dict(zip(KEY, task.key, strict=True)) | dump(item) for task in self.tasks for item in task.items)
         lines = (json.dumps(item, ensure_ascii=False, allow_nan=False) for item in items)

@@ -170,7 +170,7 @@ def check_checkpoint(folder: Path) -> None:
     refuse_more_layers(folder, shards := read_shards(folder))
     shapes = [(name, tensor.shape) for shard in shards for name, tensor in shard.tensors.items()]
     widths = {shape[-1] for name, shape in shapes if len(shape) == 1 or (shape and ("emb" in name or "wte" in name))}
-    if widths and text_part(json_or_empty(folder / "config.json")).get("hidden_size") not in {*widths, None}:
+    if widths and text_part(json_or_empty(folder / "config.json")).get("hidden_size") not in [*widths, None]:
         raise UserError(f"{folder}: {WRONG_SHAPES}")
 
 
