@@ -236,9 +236,6 @@ def check_config(folder: Path) -> None:
         if isinstance(number, str | bool) or (isinstance(number, int | float) and (is_half or not 0 < number <= most)):
             raise UserError(f"{folder}: config.json has {name}: {number!r}; correct it, or {DOWNLOAD_AGAIN}")
     text = text_part(config)
-    wrong = [name for name in _KNOWN["flags"].split() if not isinstance(text.get(name), bool | None)]
-    if wrong:
-        raise UserError(f"{folder}: config.json has {wrong[0]}: {text[wrong[0]]!r}; correct it, or {DOWNLOAD_AGAIN}")
     for file in ("config.json", WRITING):
         said = text_part(json_or_empty(folder / file))
         if name := wrong_token(said, text.get("vocab_size")):

@@ -28,6 +28,17 @@ OTHERS = (*files.OTHER_VOCABULARIES, "tekken*", "*.py")
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers of no family, which know only what lies in files."""
 END = ("eos", "pad")
+NUMBER, NONE = int | float, type(None)
+KINDS: dict[str, Any] = {
+    "int": NUMBER,
+    "float": NUMBER,
+    "bool": bool,
+    "str": str,
+    "None": NONE,
+    "list": list,
+    "dict": dict,
+}
+"""Words of transformers' configurations for types -> those of JSON."""
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 """What torch.compile, DistributedDataParallel and PEFT put before names of weights."""
@@ -64,6 +75,12 @@ def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bo
     quantised = config.get("quantization_config")
     if isinstance(quantised, dict) and not any(key.startswith(("quant_method", "load_in")) for key in quantised):
         wrong["quantization_config"] = "one without a quant_method"
+    declared = own + source("transformers", "configuration_utils.py")
+    if not isinstance(config.get("text_config"), dict | None):
+        wrong["text_config"] = repr(config["text_config"])
+    if not isinstance(rope, dict | None):
+        wrong["rope_parameters"] = repr(rope)
+    wrong |= {key: repr(text[key]) for key in text if not _is_of_its_type(text[key], key, declared)}
     layers, count = text.get("layer_types"), text.get("num_hidden_layers")
     for kind in layers if isinstance(layers, list) and own else ():
         if f'"{kind}"' not in words + source("transformers", "configuration_utils.py"):
@@ -77,6 +94,14 @@ def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bo
     for key, word in wrong.items() if own else ():
         told = f"config.json has {key}: {word}, which transformers does not know"
         raise UserError(f"{name}: {told}; correct it, or {files.DOWNLOAD_AGAIN}")
+
+
+def _is_of_its_type(value: Any, key: str, declared: str) -> bool:
+    """Whether ``value`` is of a type that classes of configurations, ``declared`` so, give ``key``; where one of them
+    is no plain type, too."""
+    hints = re.findall(rf"(?m)^    {re.escape(key)}: ([^=\n]+)", declared)
+    kinds = {kind.strip() for hint in hints for kind in re.sub(r"\[.*\]", "", hint).split("|")}
+    return not kinds or not kinds <= KINDS.keys() or isinstance(value, tuple(KINDS[kind] for kind in kinds))
 
 
 def refuse_weights(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
