@@ -73,15 +73,15 @@ def to_write(source: TrainingSource, *, sequence_length: int) -> TrainingSource:
             f"data {source.path!r}: generate.max_new_tokens: {how.max_new_tokens} leave no room for a question in a "
             f"row of {sequence_length}; lower it, or raise distill.sequence_length"
         )
-    if how is not None and not found.is_chat and local_files(source):
-        longest = max(len(text.encode()) for text in load_texts(found, max_characters=1_000_000))
-        if longest + 1 < how.prompt_tokens:  # no token but the first is less than a byte
-            raise UserError(f"data {source.path!r}: {NO_OPENING.format(how.prompt_tokens)}")
     if how is not None and how.keep == "correct" and not found.is_chat:
         raise UserError(
             f"data {source.path!r}: holds texts, and generate.keep: correct compares answers; name conversations "
             "(`messages`, or `prompt` and `completion`), or set it to all"
         )
+    if how is not None and not found.is_chat and local_files(source):
+        longest = max(len(text.encode()) for text in load_texts(found, max_characters=1_000_000))
+        if longest + 1 < how.prompt_tokens:  # no token but the first is less than a byte
+            raise UserError(f"data {source.path!r}: {NO_OPENING.format(how.prompt_tokens)}")
     return found
 
 
