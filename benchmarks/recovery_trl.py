@@ -35,13 +35,9 @@ def main(file: str) -> None:
     fast = fast_dtype(torch.device("cpu")).dtype  # of the teacher, and of the student's products
     student, teacher = load_model(run_dir / "student"), load_model(folder, dtype=fast).requires_grad_(False)
     (checkpoints := run_dir / "trl").mkdir(exist_ok=True)
-    loss = {"beta": 0.0, "temperature": 1.0, "bf16": fast == "bfloat16", "gradient_checkpointing": False}
-    order = {
-        "num_train_epochs": 1,
-        "seed": recipe.seed,
-        "shuffle_dataset": False,
-        "train_sampling_strategy": "sequential",
-    }
+    loss = {"beta": 0.0, "temperature": 1.0, "gradient_checkpointing": False}
+    order = {"num_train_epochs": 1, "seed": recipe.seed, "shuffle_dataset": False}
+    order |= {"train_sampling_strategy": "sequential", "use_cpu": True, "bf16": fast == "bfloat16"}
     told = {"output_dir": str(checkpoints), "logging_steps": 1, "report_to": [], "disable_tqdm": True}
     config = DistillationConfig(**asked.trainer, **loss, **order, **told)
     data = Dataset.from_dict({"prompt": rows.input_ids_NS.tolist()})
