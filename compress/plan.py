@@ -18,9 +18,6 @@ from .sweeps.columns import is_loss, joint_change, layer_scores, ranks, swept_co
 
 log = logging.getLogger(__name__)
 
-DEFAULT_METRIC = "block_influence"
-DEFAULT_RUN_METRIC = "angular"
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -165,7 +162,7 @@ def _explicit(prune: CutThese, num_layers: int) -> Choice:
 def _best_run(prune: CutByScore, wanted: int | Goals, limits: _Limits, importance: Importance) -> _Chosen:
     """The cheapest run of ``wanted`` neighbours, or of as few as reach the goals, without a protected layer (Gromov et
     al. 2024, arXiv:2403.17887)."""
-    metric, num_layers = prune.metric or DEFAULT_RUN_METRIC, importance.num_layers
+    metric, num_layers = prune.metric or prune.default_metric, importance.num_layers
     assert isinstance(metric, str), "a mix needs scores of single layers"
     rows = _rows(metric, importance)
 
@@ -211,7 +208,7 @@ def _rows(metric: str, importance: Importance) -> tuple[tuple[float, ...], ...]:
 def _first_of_order(prune: CutByScore, wanted: int | Goals, limits: _Limits, importance: Importance) -> _Chosen:
     """The first ``wanted`` layers of an order, or as few of them as reach the goals: by a score, equal ones by lower
     index, or in a greedy order, which may not hold all layers."""
-    metric, scores = _scores(prune.metric or DEFAULT_METRIC, importance)
+    metric, scores = _scores(prune.metric or prune.default_metric, importance)
     greedy = () if metric in importance.layers else importance.orders.get(metric, ())
     order = sorted(range(importance.num_layers), key=lambda layer: (scores[layer], layer))
     order = order[: len(greedy) or None]  # what was never removed comes last there

@@ -35,7 +35,7 @@ from .engine.arguments import refuse_mismatches, resolved_deepspeed
 from .engine.distillation_config import DistillationConfig, as_lora, section_of, setting
 from .engine.sharding import compile_no_collectives
 from .objective.objective import output_head
-from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers
+from .student.known_cut import Drop, known_plan, known_width, refuse_other_layers, refuse_swapped
 from .student.lora import adapted_modules, merge_adapters
 from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
 from .teacher.wiring import make_trainable
@@ -200,7 +200,10 @@ def _loaded(
     if settings and not isinstance(teacher, str):
         raise UserError("args.teacher_model_init_kwargs: applies only to a teacher given by name; remove it")
     student = as_model(model, dtype="float32", is_placed=False)
-    return student, None if teacher is None else as_model(teacher, "teacher_model", is_placed=False, **settings or {})
+    if teacher is not None:
+        teacher = as_model(teacher, "teacher_model", is_placed=False, **settings or {})
+        refuse_swapped(student, teacher)
+    return student, teacher
 
 
 def _checked(
@@ -210,7 +213,11 @@ def _checked(
     peft_config: LoraConfig | Lora | None,
 ) -> Distill:
     """The section of a recipe that says the same of these models; ``args`` are completed."""
-    _refuse_arguments(args)
+    if args.n_gpu > 1:
+        raise UserError(
+            f"args.n_gpu: one process would hold {args.n_gpu} GPUs; start one for each (torchrun, accelerate launch), "
+            "or set CUDA_VISIBLE_DEVICES"
+        )
     _complete_deepspeed(args)
     require_gradients(model)
     for module in (model, output_head(model)):
@@ -310,31 +317,6 @@ def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Dist
             "load_in_4bit: false and ZeRO 0 to 2, or pass a complete recipe to shoal.run"
         )
     return spec
-
-
-def _refuse_arguments(args: TrainingArguments) -> None:
-    """Refuse training arguments that would be ignored or be wrong with this loss."""
-    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
-    wrong = {
-        "label_smoothing_factor": (args.label_smoothing_factor != 0, "the loss is `losses`; remove it"),
-        "average_tokens_across_devices": (
-            not args.average_tokens_across_devices,
-            "the loss is always averaged over the tokens of all ranks; remove it",
-        ),
-        "gradient_checkpointing_kwargs": (
-            args.gradient_checkpointing and checkpointing.get("use_reentrant"),
-            "use_reentrant: True loses gradients above frozen layers; set it to False",
-        ),
-        "fsdp": (bool(args.fsdp), "would shard the head away from the loss; use DeepSpeed's ZeRO instead"),
-        "n_gpu": (
-            args.n_gpu > 1,
-            f"one process would hold {args.n_gpu} GPUs; start one for each (torchrun, accelerate launch), or set "
-            "CUDA_VISIBLE_DEVICES",
-        ),
-    }
-    for name, (is_wrong, reason) in wrong.items():
-        if is_wrong:
-            raise UserError(f"args.{name}: {reason}")
 
 
 def _complete_deepspeed(args: TrainingArguments) -> None:

@@ -20,8 +20,6 @@ from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.machine import fast_dtype, peak_memory
-from shoal.models.anatomy import decoder_layers
-from shoal.models.checkpoint_files import KEPT_LAYERS
 from shoal.models.in_memory import Model, as_model, left_as_it_was, name_of, require_tokenizer
 from shoal.models.load import num_parameters
 from shoal.ranks import world_size
@@ -35,7 +33,7 @@ from shoal.train.distillation_trainer import DistillationTrainer
 from shoal.train.engine.arguments import num_rows, training_arguments
 from shoal.train.engine.distillation_config import Losses
 from shoal.train.preflight.throughput import machine_rate
-from shoal.train.student.known_cut import Drop
+from shoal.train.student.known_cut import Drop, refuse_swapped
 from shoal.train.student.lora import remove_adapters
 
 from .settings import DistillSettings
@@ -84,7 +82,7 @@ def distill(
         >>> shoal.distill(student, model, texts, num_tokens=2_000, sequence_length=128, tokenizer=tokenizer).history
     """
     student, teacher = as_model(student, "student", is_placed=False), as_model(teacher, "teacher", is_placed=False)
-    _refuse_swapped(student, teacher)
+    refuse_swapped(student, teacher)
     tokenizer = require_tokenizer(tokenizer, student)
     if is_auto(data):
         text, size = text_of(teacher), num_parameters(teacher)
@@ -106,14 +104,6 @@ def distill(
         inputs = _inputs(student, teacher, section, seed=seed, rows=rows.fingerprint, has_budget=has_budget)
         training = training_of(work, work.spec, inputs=inputs, rows=rows, peak_memory_bytes=peak_memory())
     return training.of(student.eval())
-
-
-def _refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    is_cut = [hasattr(model.config, KEPT_LAYERS) for model in (student, teacher)]
-    if is_cut == [False, True] and len(decoder_layers(student)) > len(decoder_layers(teacher)):
-        raise UserError(
-            "shoal.distill: the teacher is pruned by shoal, and the student is not; pass the pruned model first"
-        )
 
 
 def _section(named: dict[str, Any], settings: Mapping[str, Any], seed: int) -> Distill:

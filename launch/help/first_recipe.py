@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig
 
 from shoal.atomic_files import write_text
 from shoal.compress.free_layers import default_count
-from shoal.compress.plan import DEFAULT_METRIC
 from shoal.data.default_text import CALIBRATION, LICENCES, PUBLIC_TASKS, SMALL, TRAINING, DefaultText, default_text
 from shoal.formatting import count_text
 from shoal.machine import device_name, fast_dtype, ranks_to_start
@@ -24,6 +23,7 @@ from shoal.models.load import loaded_dtype, num_parameters, without_data
 from shoal.models.resolve import find_config
 from shoal.progress import doing
 from shoal.recipe.distill import TrainingSource
+from shoal.recipe.prune import CutByScore
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict
 from shoal.runtime import device
@@ -96,7 +96,7 @@ def _proposal(
     decoder, on_cpu, is_public = text_config(config), machine.device.type == "cpu", text.kind == "public"
     longest = getattr(decoder, "max_position_embeddings", None) or 512
     count, sequence_length = decoder.num_hidden_layers, min(512 if on_cpu else 2048, longest)
-    rows = 2 if on_cpu else machine.ranks * max(1, 32 // machine.ranks)
+    rows, metric = 2 if on_cpu else machine.ranks * max(1, 32 // machine.ranks), CutByScore().default_metric
     return {
         "model": model,
         **({} if revision is None else {"revision": revision}),
@@ -106,7 +106,7 @@ def _proposal(
             "num_tokens": 8192 if on_cpu else 131_072,
             "sequence_length": sequence_length,
         },
-        "prune": {"metric": DEFAULT_METRIC, "num_drop": default_count(count), "protect": [0, -1] if count > 2 else [0]},
+        "prune": {"metric": metric, "num_drop": default_count(count), "protect": [0, -1] if count > 2 else [0]},
         "distill": {
             "data": _entries(TRAINING[text.kind]),
             "losses": "forward_kl",

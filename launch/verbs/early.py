@@ -31,7 +31,7 @@ from shoal.models import checkpoint_files as files
 from shoal.ranks import NO_GPU, may_have_devices, no_gpu, refuse_crowd, refuse_no_address
 from shoal.recipe.distill import Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import NO_TEMPLATE
-from shoal.recipe.losses import HiddenStates
+from shoal.recipe.losses import NO_GRADIENT, HiddenStates
 from shoal.recipe.measure import METRICS, no_metric, not_measured
 from shoal.recipe.prune import NO_CORNERSTONE, CutThese, Target, Width
 from shoal.recipe.recipe import Recipe
@@ -48,6 +48,8 @@ FIRST_CHARACTERS, FIRST_DOCUMENTS = 4096, 20
 """Text and documents of a file that are looked at."""
 MANY_TOKENS = 10**8
 """Tokens that every machine has room for."""
+PLAIN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+"""Weights of layers that a model has under the names that they are stored by."""
 FILES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     Importance.FILE: (Importance, ("measure", "prune", "run")),
     Plan.FILE: (Plan, (*CUT, "eval")),
@@ -139,8 +141,12 @@ def _columns(asked: Asked) -> None:
     prune, settings = asked.recipe.prune, asked.recipe.measure
     if settings.sweep is not None and asked.verb in MEASURE:
         names.refuse_unknown(settings.sweep.tasks, asked.recipe.eval.include_path, setting="measure.sweep.tasks")
-    measured = settings.sweep is not None or (asked.folder / Importance.FILE).exists()
-    if asked.verb in CUT and not isinstance(prune, CutThese) and not measured:
+    if asked.verb not in CUT or isinstance(prune, CutThese) or (asked.folder / Importance.FILE).exists():
+        return
+    if prune.metric is None and (name := prune.default_metric) not in settings.metrics:
+        place = "prune.contiguous" if prune.contiguous else "prune.metric"
+        raise UserError(f"{place}: layers are chosen by {name}, which measure.metrics does not name; add it there")
+    if settings.sweep is None:
         for name in sorted(prune.chosen_by - {*settings.metrics}):
             if name not in METRICS:
                 raise no_metric(name, f"prune.metric={name}")
@@ -335,8 +341,27 @@ def _model(asked: Asked) -> None:
         terms = (term for term in distill.terms if num_layers and isinstance(term, HiddenStates))
         wrong = [layer for term in terms for layer in term.layers or () if not 0 <= layer < (num_layers or 0)]
         require_layers(wrong, num_layers or -1, "distill.losses: hidden_states: layers")
+        _frozen(asked)
     for setting, length in lengths.items():
         files.refuse_long_rows(asked.number("max_position_embeddings"), length, setting)
+
+
+def _frozen(asked: Asked) -> None:
+    """Refuse losses on states and adapters of what is frozen or not there, as far as config.json, the recipe and plain
+    names of weights tell."""
+    prune, distill, num_layers = asked.recipe.prune, asked.recipe.distill, asked.number("num_hidden_layers")
+    terms = [term for term in distill.terms if isinstance(term, HiddenStates)]
+    is_untied = asked.config.get("tie_word_embeddings") is False
+    if distill.trainable == "norm_and_head" and is_untied and any(term.weight for term in terms):
+        raise UserError(NO_GRADIENT)
+    if distill.trainable in ("from_first_cut", "near_gaps") and isinstance(prune, CutThese) and not prune.changes:
+        lowest, stay = min(prune.drop) - (distill.trainable == "near_gaps"), (num_layers or 0) - len({*prune.drop})
+        for term in terms if lowest < stay else ():
+            term.refuse_frozen(term.layers or (lowest,), lowest, stay)
+    stored = (item for shard in asked.shards for item in shard.tensors.items())
+    linear = {name.removesuffix(".weight") for name, tensor in stored if ".layers." in name and len(tensor.shape) == 2}
+    if distill.lora is not None and linear and {name.rpartition(".")[2] for name in linear} <= PLAIN:
+        distill.lora.chosen(sorted(linear))
 
 
 def _goals(asked: Asked, target: Target, num_layers: int) -> free_layers.Goals | None:

@@ -297,9 +297,11 @@ def all_frozen() -> PreTrainedModel:
         ),
         ({"model": with_unknown_attention()}, r"model: its attention is paged.sdpa, which for llama is not known"),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
+        (
+            dict(zip(("teacher_model", "model"), models(), strict=True)),
+            r"the teacher is pruned by shoal, and the student",
+        ),
         ({"model": all_frozen(), "trainable": None}, r"model: no weight requires a gradient; set trainable"),
-        ({"args": {"label_smoothing_factor": 0.1}}, r"args.label_smoothing_factor: the loss is `losses`"),
-        ({"args": {"average_tokens_across_devices": False}}, r"args.average_tokens_across_devices: the loss is always"),
         (
             {"args": {"deepspeed": {"zero_optimization": {"stage": 0}, "gradient_clipping": 0.5}}},
             r"args.deepspeed: ds gradient_clipping=0.5 vs hf max_grad_norm=1.0; set the first to .auto.",
@@ -321,6 +323,10 @@ def test_what_cannot_work_is_refused(tmp_path: Path, given: dict[str, Any], mess
         ({"sequence_length": "long"}, "sequence_length: must be a whole number"),
         ({"data_seed": -1}, r"seed: must be from 0 to below 2\*\*32 \(got -1\)"),
         ({"optim": "none"}, "none is not a valid OptimizerNames"),
+        ({"learning_rate": 0}, "distill.trainer.learning_rate: 0 trains nothing; set it above 0"),
+        ({"label_smoothing_factor": 0.1}, "distill.trainer.label_smoothing_factor: would have no effect on the loss"),
+        ({"average_tokens_across_devices": False}, "distill.trainer.average_tokens_across_devices: the loss is always"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, ".*use_reentrant: True loses gradients above"),
     ],
 )
 def test_a_configuration_is_refused_as_it_is_made(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:

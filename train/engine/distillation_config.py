@@ -22,6 +22,8 @@ Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] |
 dataclass of shoal.recipe.losses; `shoal list losses` prints all kinds."""
 SAME_AS_IN_RECIPE = ("sequence_length", "packing", "on_policy", "stop_on_spike")
 """Keys of the recipe's section `distill` that mean the same here, with the same defaults."""
+NOT_OTHERWISE = ("label_smoothing_factor", "average_tokens_across_devices", "gradient_checkpointing_kwargs", "fsdp")
+"""Arguments that a recipe refuses, where they are not transformers' defaults."""
 
 
 @dataclass
@@ -77,11 +79,12 @@ def section_of(args: TrainingArguments, lora: Any = None) -> Distill:
     Raises:
         UserError: it would be refused in a recipe.
     """
+    other = [name for name in NOT_OTHERWISE if getattr(args, name) != getattr(TrainingArguments, name)]
     section = {
         "losses": setting(args, "losses"),
         "trainable": setting(args, "trainable") or "all",
         "lora": lora,
-        "trainer": {name: getattr(args, name) for name in (*RANGES, *OURS)},
+        "trainer": {name: getattr(args, name) for name in (*RANGES, *OURS, *other)},
         **{name: setting(args, name) for name in SAME_AS_IN_RECIPE},
     }
     for seed in (args.seed, args.data_seed or 0):

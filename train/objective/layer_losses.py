@@ -24,7 +24,7 @@ from shoal.artifacts.plan import Plan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of
 from shoal.models.document_masks import document_starts
-from shoal.recipe.losses import HiddenStates
+from shoal.recipe.losses import NO_GRADIENT, HiddenStates
 from shoal.runtime import queued
 
 from .host_batch import learnt_places
@@ -125,13 +125,8 @@ def layer_pairs(term: HiddenStates, plan: Plan, *, num_shared: int = 0) -> tuple
             f"{max(term.layers)}); name only these"
         )
     chosen = unnamed if term.layers is None else sorted(term.layers)
-    pairs = tuple((layer, targets[layer]) for layer in chosen if layer >= num_shared)
-    if not pairs:
-        raise UserError(
-            f"{term.kind}: layers: all are below the first dropped layer, so the student equals the frozen teacher "
-            f"there (got {chosen}); name layers from {num_shared} to {num_layers - 1}, or train them too"
-        )
-    return pairs
+    term.refuse_frozen(chosen, num_shared, num_layers)
+    return tuple((layer, targets[layer]) for layer in chosen if layer >= num_shared)
 
 
 class StateLosses:
@@ -203,10 +198,7 @@ class StateLosses:
                 sums_P = [self._sum(term, pair, student, teacher, counted_N) for pair in pairs]
                 total = torch.stack(sums_P).mean()
             if torch.is_grad_enabled() and term.weight > 0 and not total.requires_grad:
-                raise UserError(
-                    f"{term.kind}: no gradient reaches the student, since everything that the term looks at is "
-                    "frozen; train these layers, or set weight: 0"
-                )
+                raise UserError(NO_GRADIENT)
             loss = loss + term.weight * total
             sums.append(total.detach().double())  # added up over a whole step, where fp32 would lose digits
         return loss, torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)

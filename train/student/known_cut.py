@@ -25,6 +25,13 @@ class _Given(Section):
     drop: Layers
 
 
+def refuse_swapped(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse a teacher that is pruned where the student is not."""
+    is_cut = [hasattr(model.config, KEPT_LAYERS) for model in (student, teacher)]
+    if is_cut == [False, True] and len(decoder_layers(student)) > len(decoder_layers(teacher)):
+        raise UserError("the teacher is pruned by shoal, and the student is not; pass the pruned model first")
+
+
 def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | None) -> Plan | None:
     """The plan that leads from ``teacher`` to ``student``: ``drop``, or what the student's configuration says.
 

@@ -41,7 +41,7 @@ def add_adapters(
     Raises:
         UserError: a target that does not exist, or 4-bit weights that the files have under other names.
     """
-    chosen = _chosen(student, lora, trained)
+    chosen = lora.chosen(linear_modules(student, trained.layers))
     if lora.load_in_4bit:
         _quantise(student, stored)
     config = LoraConfig(
@@ -70,19 +70,6 @@ def linear_modules(student: PreTrainedModel, layers: Collection[int]) -> list[st
         for name, module in parts.layers[layer].named_modules()
         if isinstance(module, LINEAR)
     ]
-
-
-def _chosen(student: PreTrainedModel, lora: Lora, trained: Trained) -> list[str]:
-    possible, chosen = linear_modules(student, trained.layers), set[str]()
-    for target in lora.target_modules or [""]:  # as it stands: all
-        meant = [name for name in possible if not target or f".{name}".endswith(f".{target}")]
-        if not meant:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in possible})) or "none"
-            raise UserError(
-                f"distill.lora.target_modules: {target!r} is not a linear module of trained layers; choose from {known}"
-            )
-        chosen.update(meant)
-    return [name for name in possible if name in chosen]
 
 
 def _quantise(student: PreTrainedModel, stored: Set[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -141,6 +141,20 @@ class Lora(Section):
     load_in_4bit: Annotated[bool, Shapes.TRAINING] = False
     """Hold frozen weights in 4 bits during training (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Needs
     bitsandbytes. Adapters are merged into the original weights."""
+
+    def chosen(self, possible: Sequence[str]) -> list[str]:
+        """Those of the ``possible`` linear modules that get an adapter."""
+        chosen = set[str]()
+        for target in self.target_modules or [""]:  # as it stands: all
+            meant = [name for name in possible if not target or f".{name}".endswith(f".{target}")]
+            if not meant:
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in possible})) or "none"
+                raise UserError(
+                    f"distill.lora.target_modules: {target!r} is not a linear module of trained layers; choose from "
+                    f"{known}"
+                )
+            chosen.update(meant)
+        return [name for name in possible if name in chosen]
 
     def require_packages(self) -> None:
         """Refuse 4-bit weights without the package that makes them."""

@@ -14,6 +14,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
+from shoal.errors import UserError
+from shoal.formatting import layers_text
 from shoal.recipe.section import Index, Once, Section, listed_as
 
 FACTOR = "Factor of the term in the loss. With 0 the term only has a curve."
@@ -22,6 +24,10 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False, description=FACTOR)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False, description=SOFTENS)]
 Inside = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+NO_GRADIENT = (
+    "hidden_states: no gradient reaches the student, since everything that the term looks at is frozen; train these "
+    "layers, or set weight: 0"
+)
 Layers = Annotated[tuple[Annotated[Index, Field(ge=0)], ...], Field(min_length=1), Once]
 
 
@@ -139,6 +145,16 @@ class HiddenStates(Section):
     distance: Literal["mse", "cosine"] = "mse"
     """Distance of two states. `mse`: squared error relative to the squared norm of the teacher's state; `cosine`: 1 -
     cosine."""
+
+    def refuse_frozen(self, chosen: Sequence[int], num_shared: int, num_layers: int) -> None:
+        """Refuse ``chosen`` student layers of ``num_layers`` that are all below ``num_shared``, where the student is
+        the teacher and frozen: nothing there could be learnt."""
+        if not any(layer >= num_shared for layer in chosen):
+            free = "layer" if num_layers - num_shared == 1 else "layers"
+            raise UserError(
+                f"{self.kind}: layers: all are below the first dropped layer, so the student equals the frozen teacher "
+                f"there (got {[*chosen]}); name {free} {layers_text(range(num_shared, num_layers))}, or train them too"
+            )
 
 
 LogitTerm = (

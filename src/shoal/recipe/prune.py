@@ -145,6 +145,11 @@ class CutByScore(Cut):
         """Names of the columns that choose, as far as they are said."""
         return {self.metric} if isinstance(self.metric, str) else {*(self.metric or ())}
 
+    @property
+    def default_metric(self) -> str:
+        """What chooses where no metric is said."""
+        return "angular" if self.contiguous else "block_influence"
+
 
 def _without_nulls(value: Any) -> Any:
     """Null takes back what a recipe says, so that an override may choose the other type."""

@@ -46,7 +46,7 @@ MOST = 1e12
 """No training argument is as large."""
 RANGES: dict[str, list[float]] = {name: ends for words, ends in _REFUSED["ranges"].items() for name in words.split()}
 """Training arguments that are at least the first and below the second number; transformers looks at few of them."""
-WHOLE = {"dataloader_num_workers", "save_total_limit", "max_steps", *BATCH_SPLIT}
+WHOLE = {"dataloader_num_workers", "ddp_timeout", "save_total_limit", "max_steps", *BATCH_SPLIT}
 """Those of them that are whole numbers."""
 NEUTRAL = {*_REFUSED["neutral"].split()}
 """Training arguments that change how the work is done and not its result: a run may go on with others."""
@@ -79,9 +79,6 @@ def wrong_arguments(trainer: Mapping[str, Any]) -> Iterator[str]:
             continue  # which transformers knows
         elif (problem := wrong_value(name, trainer[name])) is not None:
             yield f"distill.trainer.{name}: {problem} (got {trainer[name]!r})"
-    seconds = trainer.get("ddp_timeout", 1)
-    if not isinstance(seconds, int) or isinstance(seconds, bool) or seconds < 1:
-        yield f"distill.trainer.ddp_timeout: must be a whole number of seconds above 0 (got {seconds!r})"
     for row in _REFUSED["refused_values"]:
         name, _, inner = row["place"].partition(".")
         value = trainer.get(name)
@@ -194,6 +191,10 @@ def refuse_training(settings: Distill, *, ranks: int | None) -> None:
     for word in more if isinstance(more, dict) and words else ():
         if word not in words:
             raise UserError(told["schedule"].format(**{**DEFAULTS, **trainer}, word=word))
+    kind = trainer.get("lr_scheduler_type")
+    for kinds, needed in _REFUSED["schedule_needs"].items():
+        if kind in kinds.split() and not any(word in (more or ()) for word in needed.split()):
+            raise UserError(told["needs"].format(kind=kind, lacking=" or ".join(needed.split())))
     if ranks is not None:
         rows, steps = batch_split(settings, ranks=ranks)
         for key, own in zip(DEEPSPEED_BATCH, (rows * steps * ranks, rows, steps), strict=True):
@@ -203,6 +204,8 @@ def refuse_training(settings: Distill, *, ranks: int | None) -> None:
         last = num_steps(settings, rows * steps * ranks) if is_known else math.inf
         if settings.profile is not None and settings.profile[1] > last:
             raise UserError(told["profile"].format(said=[*settings.profile], last=last))
+        if 1 < (warmup := trainer.get("warmup_steps", 0)) >= last and kind != "constant":
+            raise UserError(told["warmup"].format(said=warmup, last=last))
 
 
 def num_steps(settings: Distill, rows: int) -> int:

@@ -118,9 +118,7 @@ def test_pairs_below_the_shared_prefix_are_left_out_and_none_left_is_refused() -
     dropped = plan((2, 3))
     assert layer_pairs(HiddenStates(), dropped, num_shared=2) == ((2, 4), (3, 5))
     assert layer_pairs(HiddenStates(layers=(0, 3)), dropped, num_shared=2) == ((3, 5),)
-    with pytest.raises(
-        UserError, match=r"all are below the first dropped layer.*\(got \[0, 1\]\); name layers from 2 to 3"
-    ):
+    with pytest.raises(UserError, match=r"all are below the first dropped layer.*\(got \[0, 1\]\); name layers 2, 3"):
         layer_pairs(HiddenStates(layers=(0, 1)), dropped, num_shared=2)
 
 
