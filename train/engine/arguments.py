@@ -115,11 +115,6 @@ def check_names(settings: Distill, *, ranks: int | None = None) -> None:
     than in the DeepSpeed configuration, before anything is built. Those of a batch are compared where it is known how
     many ``ranks`` there are."""
     trainer, known = settings.trainer, inspect.signature(TrainingArguments.__init__).parameters
-    if settings.batch_size is not None and "gradient_accumulation_steps" in trainer:
-        raise UserError(
-            f"distill.trainer.gradient_accumulation_steps: follows from distill.batch_size ({settings.batch_size}); "
-            "remove one of them"
-        )
     hints = get_type_hints(TrainingArguments)
     for name, value in trainer.items():
         # transformers would pass them on or refuse them only when the training begins

@@ -22,8 +22,6 @@ Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] |
 dataclass of shoal.recipe.losses; `shoal list losses` prints all kinds."""
 SAME_AS_IN_RECIPE = ("sequence_length", "packing", "on_policy", "stop_on_spike")
 """Keys of the recipe's section `distill` that mean the same here, with the same defaults."""
-NOT_OTHERWISE = ("label_smoothing_factor", "average_tokens_across_devices", "gradient_checkpointing_kwargs", "fsdp")
-"""Arguments that a recipe refuses, where they are not transformers' defaults."""
 
 
 @dataclass
@@ -79,7 +77,8 @@ def section_of(args: TrainingArguments, lora: Any = None) -> Distill:
     Raises:
         UserError: it would be refused in a recipe.
     """
-    other = [name for name in NOT_OTHERWISE if getattr(args, name) != getattr(TrainingArguments, name)]
+    other = ("label_smoothing_factor", "average_tokens_across_devices", "gradient_checkpointing_kwargs", "fsdp")
+    other = [name for name in other if getattr(args, name) != getattr(TrainingArguments, name)]
     section = {
         "losses": setting(args, "losses"),
         "trainable": setting(args, "trainable") or "all",

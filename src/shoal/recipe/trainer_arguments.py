@@ -167,11 +167,7 @@ def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, in
     per_rank, rest = divmod(settings.batch_size, ranks)
     rows = int(micro_batch or max(n for n in range(1, default + 1) if per_rank % n == 0))
     if rest or per_rank % rows:
-        raise UserError(
-            f"distill.batch_size: {settings.batch_size} rows cannot be divided over {ranks} ranks by "
-            f"distill.trainer.per_device_train_batch_size {rows}; choose a multiple of both, or another number of "
-            "ranks"
-        )
+        raise UserError(_REFUSED["training"]["rows"].format(said=settings.batch_size, ranks=ranks, rows=rows))
     return rows, per_rank // rows
 
 
@@ -179,6 +175,8 @@ def refuse_training(settings: Distill, *, ranks: int | None) -> None:
     """Refuse names that transformers does not know, an optimizer whose package is not installed, and numbers that
     contradict each other, as far as the number of ``ranks`` is known."""
     trainer, config, told = settings.trainer, read_deepspeed(settings.deepspeed), _REFUSED["training"]
+    if settings.batch_size is not None and "gradient_accumulation_steps" in trainer:
+        raise UserError(told["steps"].format(said=settings.batch_size))
     for name, place in CHOICES.items():
         if (known := names("transformers", *place)) and trainer.get(name, known[0]) not in known:
             choices = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
@@ -254,10 +252,7 @@ def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
         for name in filter(parts.__contains__, SECTIONS):
             section = parts[name]
             if section is not None and not isinstance(section, dict):
-                raise UserError(
-                    f"distill.deepspeed: {name} must be a mapping (got {section!r}), as in DeepSpeed's "
-                    "documentation; fix it, or remove it"
-                )
+                raise UserError(_REFUSED["deepspeed_wrong"]["section"].format(name=name, section=section))
             if section is None or section.get("enabled") == "auto":
                 del parts[name]
     if (stage := config.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2, 3):
