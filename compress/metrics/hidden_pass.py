@@ -56,7 +56,7 @@ class HiddenPass:
         refuse_other_states(model)
         self.fault: tuple[int, str] | None = None
         """Row and state that is not finite; what comes after it does not count."""
-        self._layers, self._device, self._dtype = decoder_layers(model), model.device, model.dtype
+        self._layers, self._device, self._model = decoder_layers(model), model.device, model
         self._calibration, self._names = calibration, names
         chosen = [HIDDEN_METRICS[name] for name in names]
         self._reads = frozenset[Reading]().union(*(metric.reads for metric in chosen))
@@ -91,7 +91,7 @@ class HiddenPass:
 
     def scores(self) -> dict[str, Result]:
         """The scores by name, from all batches of all ranks, which call it together."""
-        refuse_fault(self._calibration, self.fault, self._dtype)
+        refuse_fault(self._calibration, self.fault, self._model)
         metrics = self._metrics
         counts = torch.tensor([metric.count for metric in metrics])
         # sums, never means: those of unequally many tokens would not add up

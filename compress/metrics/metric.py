@@ -16,6 +16,7 @@ from shoal.artifacts.importance import Removal
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.document_masks import document_starts
+from shoal.models.load import refuse_broken_weights
 from shoal.runtime import together
 
 Need = Literal["hidden", "gradients", "weights", "loss", "tasks"]
@@ -124,7 +125,7 @@ def add_up_ranks(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor
     return [tensor.to(own.device) for own, tensor in zip(tensors, summed, strict=True)]
 
 
-def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype: torch.dtype) -> None:
+def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, model: PreTrainedModel) -> None:
     """Refuse on all ranks what one of them found; ``fault`` is the row and what is not finite there.
 
     No rank may raise by itself: the others would wait for it.
@@ -135,8 +136,8 @@ def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype:
         # rows are dealt out in turn (see batches), so row // world_size is its place on its rank
         batch = row // world_size() // calibration.batch_size
         whose = f" of rank {row % world_size()}" if world_size() > 1 else ""
-        raise UserError(
-            f"measure: {fault_text} is not finite (NaN or infinite) in batch {batch}{whose} (row {row} of the "
-            f"calibration data): the model computes in {dtype}, which may overflow; set dtype: bfloat16 or dtype: "
-            "float32 in the recipe. If that does not help, the weights are damaged: download the model again"
-        )
+        place = f"batch {batch}{whose} (row {row} of the calibration data)"
+        where = f"measure: {fault_text} is not finite (NaN or infinite) in {place}"
+        refuse_broken_weights({where: model})
+        remedy = "set dtype: bfloat16 in the recipe" if model.dtype == torch.float16 else "give another model"
+        raise UserError(f"{where}: the model overflows in {model.dtype}, with finite weights; {remedy}")

@@ -79,7 +79,7 @@ class VariantLosses:
                         fault = batch[reads[int(bad)][0]].row, f"the loss of the {without}"
                 if fault is not None:
                     break
-        refuse_fault(self._calibration, fault, self._edited.model.dtype)
+        refuse_fault(self._calibration, fault, self._edited.model)
         return (add_up_ranks([sums], self._edited.model.device)[0] / self.num_tokens).tolist()
 
     def _loss_2(self, hidden_BSD: Tensor, place_N: Tensor, token_N: Tensor) -> Tensor:

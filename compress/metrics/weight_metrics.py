@@ -143,7 +143,7 @@ def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: M
                 faulty = f"the gradient of layer {bad[-1]}" if loss_is_finite else "the loss"
                 fault = int(rows_B[0]), faulty
                 break
-    refuse_fault(calibration, fault, model.dtype)
+    refuse_fault(calibration, fault, model)
     return dict(zip(sums, add_up_ranks(list(sums.values()), model.device), strict=True))
 
 

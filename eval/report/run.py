@@ -89,6 +89,8 @@ def read_run(folder: Path) -> Run:
         speed=read_result(Speed, folder / Speed.FILE),
         numerics=run_file.get("numerics") or {},
     )
+    if not run.results and (folder / "compare.json").is_file():
+        raise UserError(f"{folder}: is the output of an earlier comparison; leave it out")
     if not run.results:
         raise UserError(f"{folder}: has no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
     _refuse_mixed_runs(run)

@@ -15,7 +15,7 @@ from shoal.task_words import PROTOCOLS
 
 from ..harness.rates import CALIBRATION_ERROR, OVERCONFIDENCE
 from . import wording
-from .findings import SIGNAL_SIGMAS, Comparison, Row, Writing, flipped, is_share, protocol_gaps, shares_items, writing
+from .findings import SIGNAL_SIGMAS, Comparison, Row, flipped, is_share, protocol_gaps, shares_items, writing
 from .page import DASH, Table
 from .run import Run
 
@@ -171,19 +171,10 @@ def gap_table(rows: Sequence[Row]) -> Table:
     return Table(caption, columns, tuple(body), frozenset({0, 1, 5}))
 
 
-def written_table(rows: Sequence[Row]) -> Table:
-    """How generated texts went, by task and role, with what changed; without rows where nothing recorded it."""
-    writings = [own for own in writing(rows) if own.name != OVERCONFIDENCE]
-    return _rates_table("Generated texts, with 95 % intervals", writings)
-
-
-def calibration_table(rows: Sequence[Row]) -> Table:
-    """How sure the models are of their options, and by how much surer than right."""
-    writings = [own for own in writing(rows) if own.name == OVERCONFIDENCE]
-    return _rates_table("Confidence in the chosen options", writings)
-
-
-def _rates_table(caption: str, writings: Sequence[Writing]) -> Table:
+def rates_table(rows: Sequence[Row], caption: str, *, of_options: bool) -> Table:
+    """How generated texts went, by task and role, with what changed, or, ``of_options``, by how much surer than right
+    the models are of their options; without rows where nothing recorded it."""
+    writings = [own for own in writing(rows) if (own.name == OVERCONFIDENCE) == of_options]
     roles = [role for role in ROLES if any(role in w.rates for w in writings)]
     pairs = [pair for pair in (("teacher", "pruned"), ("pruned", "distilled")) if set(pair) <= set(roles)]
     body = []

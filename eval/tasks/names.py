@@ -156,6 +156,7 @@ def unknown(name: str, folders: Sequence[Path], setting: str = "eval.tasks") -> 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else "`shoal list tasks` names shoal's own"
     hint = f"it could be {', '.join(begun)}" if begun else hint
+    hint = f"several tasks are a list: [{', '.join(name.replace(',', ' ').split())}]" if "," in name else hint
     hint = "a task file names it, and none defines it" if name in known else hint
     return UserError(f"{setting}: {name!r} is not a task of shoal or lm-eval; {hint}")
 

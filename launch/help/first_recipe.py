@@ -51,18 +51,15 @@ class Machine:
 
 def init(asked: argparse.Namespace) -> str:
     """Write a first recipe to the file ``asked.out``, and say where."""
-    file = asked.out
-    with doing(f"looking at {asked.model}"):
-        text = first_recipe(asked.model, _this_machine(), revision=asked.revision)
-    write_text(file, text, setting="--out")
-    return f"{file} is written; read it, then: shoal run {shlex.quote(str(file))}"
-
-
-def _this_machine() -> Machine:
     from shoal.train.preflight.throughput import machine_rate
 
-    here, ranks = device(), ranks_to_start(None)
-    return Machine(here, device_name(here), ranks, fast_dtype(here).dtype, machine_rate(ranks))
+    file, here = asked.out, device()
+    with doing(f"looking at {asked.model}"):
+        ranks = ranks_to_start(None)
+        machine = Machine(here, device_name(here), ranks, fast_dtype(here).dtype, machine_rate(ranks))
+        text = first_recipe(asked.model, machine, revision=asked.revision)
+    write_text(file, text, setting="--out")
+    return f"{file} is written; read it, then: shoal run {shlex.quote(str(file))}"
 
 
 def first_recipe(model: str, machine: Machine, *, revision: str | None = None) -> str:

@@ -34,6 +34,12 @@ def names_model(name: str) -> bool:
     )
 
 
+def model_within(folder: Path) -> str:
+    """The newest model in a folder of a Trainer, or of the Hub's cache; empty if there is none."""
+    found = [file.parent for end in ("checkpoint-*", "snapshots/*") for file in folder.glob(f"{end}/config.json")]
+    return str(max(found, key=lambda model: model.stat().st_mtime)) if found else ""
+
+
 def name_of_model(model: str) -> str:
     """A name for folders and files: the end of a Hub id, a path or demo:<name>."""
     end = re.split(r"[/:]", model.rstrip("/"))[-1]

@@ -61,9 +61,18 @@ def test_states_that_overflow_are_refused_by_layer_and_batch(metric: str) -> Non
         measure_importance(model, fine, metrics=[metric], batch_size=2)
     model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(0)
     fine.input_ids_NS[4, 3] = 77
-    message = r"the input of layer 0 is not finite .* in batch 2 \(row 4 .* torch.float32, .* set dtype: bfloat16"
+    message = r"the input of layer 0 is not finite .* in batch 2 \(row 4 .*\): model.embed_tokens.weight holds NaN"
     with pytest.raises(UserError, match=message):
         measure_importance(model, fine, metrics=[metric], batch_size=2)
+
+
+def test_a_precision_that_is_set_is_no_remedy_of_finite_weights() -> None:
+    model = tiny_model("llama")
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(3e38)
+    model.get_parameter("model.layers.3.post_attention_layernorm.weight").data.fill_(1e20)
+    message = r"layer 3 .*: the model overflows in torch.float32, with finite weights; give another model"
+    with pytest.raises(UserError, match=message):
+        measure_importance(model, ROWS, metrics=["angular"], batch_size=2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])

@@ -11,7 +11,7 @@ import shutil
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from shoal.atomic_files import read_json, read_text, refuse_endless
 from shoal.errors import UserError
-from shoal.model_names import ADAPTER_CONFIG
+from shoal.model_names import ADAPTER_CONFIG, model_within
 from shoal.yaml_text import own_yaml
 
 DOWNLOAD_AGAIN = "create or download the checkpoint again"
@@ -67,6 +67,7 @@ layer that below it."""
 CLOSED_GAPS = "shoal_closed_gaps"
 """Configuration key that says how a student makes up for dropped layers: fields of ClosedGap, layers of the uncut
 model."""
+TIED = "tie_word_embeddings"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -139,10 +140,11 @@ def weight_files(folder: Path) -> list[Path]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index}: is damaged ({error!r}); {DOWNLOAD_AGAIN}") from error
         return [folder / name for name in names]
-    others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5")
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in kinds)
     raise UserError(
         f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there, only {', '.join(others) or 'no weights'}; give "
-        "a complete checkpoint in safetensors (shoal never opens pickled weights)"
+        "a complete checkpoint in safetensors (shoal opens no pickled weights, GGUF or TensorFlow's: convert them)"
     )
 
 
@@ -168,6 +170,7 @@ def check_checkpoint(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         json_or_empty(folder / name)
     refuse_more_layers(folder, shards := read_shards(folder))
+    _refuse_own_head(folder, shards)
     shapes = [(name, tensor.shape) for shard in shards for name, tensor in shard.tensors.items()]
     widths = {shape[-1] for name, shape in shapes if len(shape) == 1 or (shape and ("emb" in name or "wte" in name))}
     if widths and text_part(json_or_empty(folder / "config.json")).get("hidden_size") not in [*widths, None]:
@@ -182,6 +185,20 @@ def refuse_more_layers(folder: Path, shards: Iterable[Shard]) -> None:
     if type(told) is int and max(layers, default=-1) >= told and not re.search("nextn|mtp", f"{[*config]}"):
         problem = f"num_hidden_layers: {told}, but the weights have {max(layers) + 1} layers"
         raise UserError(f"{folder}: config.json has {problem}; correct it, or {DOWNLOAD_AGAIN}")
+
+
+def _refuse_own_head(folder: Path, shards: Iterable[Shard]) -> None:
+    """Refuse a head of its own where config.json says that it is the embeddings; many checkpoints store both, alike."""
+    config = json_or_empty(folder / "config.json")
+    stored = {name: (shard.file, tensor) for shard in shards for name, tensor in shard.tensors.items()}
+    head = next((own for name, own in stored.items() if name.endswith("lm_head.weight")), None)
+    if head is None or not config.get(TIED, text_part(config).get(TIED)):
+        return
+    tables = [own for name, own in stored.items() if re.search(r"(emb|wte)[^.]*\.weight$", name)]
+    alike = [own for own in tables if (own[1].dtype, own[1].shape) == (head[1].dtype, head[1].shape)]
+    if alike and _sample(*head) not in [_sample(*own) for own in alike]:
+        told = f"config.json has {TIED}: true, but the weights have an lm_head of their own"
+        raise UserError(f"{folder}: {told}; set it to false")
 
 
 def by_layer(shards: Iterable[Shard], num_layers: int, amount: Callable[[StoredTensor], int]) -> list[int]:
@@ -218,11 +235,13 @@ def check_config(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder}: config.json is missing, so this is not a Hugging Face checkpoint; give a folder with "
-            "config.json"
+            f"{folder}: config.json is missing, so this is not a Hugging Face checkpoint; give "
+            + (model_within(folder) or "a folder with config.json")
         )
     for file in folder.iterdir():
         refuse_endless(file)
+        if file.name in TOKENIZER_FILES:
+            _refuse_pointer(file)
         if file.suffix == ".jinja" and file.is_file() and file.stat().st_size > LONGEST_TEMPLATE:
             raise UserError(f"{file}: has {file.stat().st_size:,} bytes, which take minutes to read; {DOWNLOAD_AGAIN}")
     config = json_or_empty(folder / "config.json")
@@ -283,9 +302,9 @@ def model_fingerprint(folder: Path) -> str:
     if "auto_map" in config or "auto_map" in json_or_empty(folder / "tokenizer_config.json"):  # code of its own
         for file in sorted(folder.glob("*.py")):
             digest.update(file.name.encode() + file.read_bytes())
-    samples = {name: sample for file in weight_files(folder) for name, sample in _samples(file)}
-    for name in sorted(samples):
-        digest.update(name.encode() + samples[name])
+    stored = {name: (file, own) for file in weight_files(folder) for name, own in read_header(file).tensors.items()}
+    for name in sorted(stored):
+        digest.update(name.encode() + _sample(*stored[name]))
     return digest.hexdigest()[:16]
 
 
@@ -298,15 +317,14 @@ def writing_settings(folder: Path) -> dict[str, Any]:
     return {key: settings[key] for key in sorted(own)}
 
 
-def _samples(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and hash of every tensor in a safetensors file."""
+def _sample(file: Path, tensor: StoredTensor) -> bytes:
+    """Hash of a tensor in a safetensors file."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     with file.open("rb") as handle:
-        for name, tensor in read_header(file).tensors.items():
-            digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-            for offset, size in sampled_ranges(tensor.start, tensor.end):
-                handle.seek(offset)
-                digest.update(handle.read(size))
-            yield name, digest.digest()
+        for offset, size in sampled_ranges(tensor.start, tensor.end):
+            handle.seek(offset)
+            digest.update(handle.read(size))
+    return digest.digest()
 
 
 def sampled_ranges(start: int, end: int) -> list[tuple[int, int]]:
@@ -361,6 +379,12 @@ def json_or_empty(file: Path) -> dict[str, Any]:
     return read_json(file, DOWNLOAD_AGAIN)
 
 
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as handle:
+        if handle.read(100).startswith(b"version https://git-lfs"):
+            raise UserError(f"{file}: is a git-lfs pointer; run `git lfs pull` there")
+
+
 def read_header(file: Path) -> Shard:
     """The header of a safetensors file: every tensor's dtype, shape and place, in bytes.
 
@@ -370,6 +394,7 @@ def read_header(file: Path) -> Shard:
     """
     if not file.is_file():
         raise UserError(f"{file}: is listed in the checkpoint's index but missing; download the checkpoint again")
+    _refuse_pointer(file)
     with file.open("rb") as handle:  # first: of one that may not be read the library says that there is none
         try:
             with safe_open(file, "np"):

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "weights"
 """Name, among the inputs of a result, of what weights_of says of its model."""
-Model = PreTrainedModel | str
+Model = PreTrainedModel | str | Path
 """A model in memory, or the name of one: a folder, an id of the Hub, `demo:smollm2-135m`."""
 
 
@@ -44,7 +44,8 @@ def as_model(model: Model, name: str = "model", *, is_placed: bool = True, **set
     """
     if torch.get_default_device().type == "meta":
         raise UserError(f"{name}: torch's default device is meta, which computes nothing; call shoal outside of that")
-    if isinstance(model, str):
+    if isinstance(model, str | Path):
+        model = str(model)
         given = {"dtype": fast_dtype(device()).dtype, **settings}
         refuse_no_model(model, revision := given.pop("revision", None))
         folder = resolve_model(model, revision=revision)

@@ -350,7 +350,7 @@ def refuse_broken_weights(models: Mapping[str, nn.Module | None]) -> None:
     for called, model in models.items():
         for name, parameter in () if model is None else model.named_parameters():
             held = _held(parameter)
-            if not held.numel() or not held.is_floating_point() or held.itemsize == 1:
+            if held.is_meta or not held.numel() or not held.is_floating_point() or held.itemsize == 1:
                 continue
             # which makes no copy, and gives a NaN for both where there is one
             if not torch.stack(held.aminmax()).isfinite().all():

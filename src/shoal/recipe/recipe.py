@@ -139,7 +139,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
         raw, file = {"model": path}, Path(path)
     else:
         raw = _read_mapping(file)
-        if Path(path).is_dir():
+        if file == Path(path) / remembered.FILE:
             raw["run_dir"] = path
     for override in overrides:
         if not override.startswith(f"{ALLOW}="):
@@ -224,13 +224,15 @@ def _find_recipe(name: str) -> Path | None:
     path = Path(name)
     if path.is_file():
         return path
-    if path.is_dir():
-        return remembered.recipe_in(path) if (path / remembered.FILE).is_file() or not names_model(name) else None
+    if (path / remembered.FILE).is_file():
+        return remembered.recipe_in(path)
     for shipped in (CONFIGS_DIR / path.name, CONFIGS_DIR / f"{path.name}.yaml"):
         if path.parent in (Path(), Path("configs")) and shipped.is_file():
             return shipped
     if names_model(name):
         return None
+    if path.is_dir():
+        return remembered.recipe_in(path)
     names = sorted(p.name for p in CONFIGS_DIR.glob("*.yaml"))
     otherwise = "to create a recipe for a model (a folder, a Hub id or demo:NAME), run `shoal init MODEL`"
     hint = meant(path.stem, (Path(name).stem for name in names), otherwise, cutoff=0.7)

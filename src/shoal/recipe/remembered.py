@@ -17,6 +17,7 @@ import yaml
 
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
+from shoal.model_names import model_within
 from shoal.ranks import is_main
 from shoal.redaction import HIDDEN, redacted
 from shoal.trust import CONSENT, is_signed, is_trusted, signed
@@ -56,9 +57,9 @@ def recipe_in(run_dir: Path) -> Path:
     """
     file, text = run_dir / FILE, memory_in(run_dir)
     if text is None:
+        remedy = model_within(run_dir) or f"a recipe with run_dir={run_dir}"
         raise UserError(
-            f"{run_dir}: neither a run directory (it has no {FILE}) nor a model (it has no config.json); name a "
-            f"recipe with run_dir={run_dir}"
+            f"{run_dir}: neither a run directory (it has no {FILE}) nor a model (it has no config.json); name {remedy}"
         )
     if not _is_signed(text) and not is_trusted(run_dir):
         raise UserError(

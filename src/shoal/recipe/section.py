@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,14 +30,16 @@ RowLength = Annotated[int, Field(ge=2, description="Tokens of one row, at least 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _no_blank(text: str) -> str:
+def _path(text: str) -> str:
     if text.isspace():
         raise ValueError(f"is blank (got {text!r})")
+    if found := re.search(r"\$(\w+|\{\w+\})", text):
+        raise ValueError(f"holds {found[0]}, and variables are not expanded in paths; write the path (got {text!r})")
     return text
 
 
 Text = Annotated[str, Field(min_length=1)]
-Place = Annotated[Text, AfterValidator(_no_blank)]
+Place = Annotated[Text, AfterValidator(_path)]
 """A path, or what may stand in place of one."""
 
 
