@@ -172,7 +172,10 @@ def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> S
 def _effects(column: Measured) -> tuple[Sequence[Estimate], Sequence[Estimate], list[float]]:
     """Scores, changes and their p-values by component."""
     if not column.is_binary:
-        return _mean_effects(column)
+        n, mean_K, left_out_NK = column.effective_n, column.mean_K, column.left_out_NK
+        change_U, changes_NU = mean_K[1:] - mean_K[0], left_out_NK[:, 1:] - left_out_NK[:, :1]
+        means = estimates(left_out_NK[:, 1:], mean_K[1:], n)
+        return means, estimates(changes_NU, change_U, n), intervals.t_test(changes_NU, change_U, n).tolist()
     scores, changes, p_values = [], [], []
     for table in _tables(column):
         n, right, won, lost = sum(table.values()), table["both"] + table["won"], table["won"], table["lost"]
@@ -181,13 +184,6 @@ def _effects(column: Measured) -> tuple[Sequence[Estimate], Sequence[Estimate], 
         changes.append(Estimate((won - lost) / n, *limits))
         p_values.append(mcnemar(won, lost))
     return scores, changes, p_values
-
-
-def _mean_effects(column: Measured) -> tuple[Sequence[Estimate], Sequence[Estimate], list[float]]:
-    n, mean_K, left_out_NK = column.effective_n, column.mean_K, column.left_out_NK
-    change_U, changes_NU = mean_K[1:] - mean_K[0], left_out_NK[:, 1:] - left_out_NK[:, :1]
-    scores = estimates(left_out_NK[:, 1:], mean_K[1:], n)
-    return scores, estimates(changes_NU, change_U, n), intervals.t_test(changes_NU, change_U, n).tolist()
 
 
 def _retentions(column: Measured) -> list[Estimate | None]:

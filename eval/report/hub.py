@@ -29,7 +29,6 @@ REMEDIES = {
     404: "no such account or organisation; check the spelling of export.hub_repo",
 }
 RETRY = "The local export is complete at {}; the same command pushes it again"
-LEFT_OUT = ["*.tmp"]
 REPLACED = ["model*.safetensors", "model.safetensors.index.json", "figures/*"]
 """Files of an earlier upload that go: weights in other files would be loaded in place of these, or beside them."""
 
@@ -72,7 +71,7 @@ def push(
                 api.upload_folder(
                     repo_id=repo,
                     folder_path=folder,
-                    ignore_patterns=LEFT_OUT,
+                    ignore_patterns=["*.tmp"],
                     delete_patterns=REPLACED,
                     **_of(sent, of_upload),
                 )

@@ -96,7 +96,11 @@ def contents(run: Run, comparison: Comparison, pictures: Mapping[str, Picture]) 
 
 def draw_figures(run: Run) -> dict[str, Picture]:
     """The run's figures by name, saved as SVG and PNG under figures/ and ready to stand in a page."""
-    figures = {**_score_figures(run), **_layer_figures(run)}
+    families = ladders(list(run.evaluations.values()))
+    figures = {"levels": level_figure(families)} if families else {}
+    if any(own.tasks for own in _outside(families, run)):
+        figures["before_after"] = before_after_figure(_outside(families, run))
+    figures |= _layer_figures(run)
     if run.training and loss_series(run.training):
         figures["training"] = training_figure(run.training)
     pictures = {name: picture(run.folder, f"{FIGURES_DIR}/{name}", figure) for name, figure in figures.items()}
@@ -104,13 +108,6 @@ def draw_figures(run: Run) -> dict[str, Picture]:
         for suffix in ("svg", "png"):
             (run.folder / FIGURES_DIR / f"{name}.{suffix}").unlink(missing_ok=True)
     return pictures
-
-
-def _score_figures(run: Run) -> dict[str, Figure]:
-    families = ladders(list(run.evaluations.values()))
-    figures = {"levels": level_figure(families)} if families else {}
-    single = _outside(families, run)
-    return figures | ({"before_after": before_after_figure(single)} if any(own.tasks for own in single) else {})
 
 
 def _outside(families: Sequence[Ladder], run: Run) -> list[Scores]:

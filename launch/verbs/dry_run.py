@@ -165,7 +165,8 @@ def _prune(run: Run) -> Stage:
     from shoal.compress.apply import changes_of
     from shoal.compress.estimate import cut_estimate
 
-    state, why = _state(prune.what_is_cut(run))
+    has_student = (run.dir / "student" / "config.json").is_file()
+    state, why = _state(prune.plan_of(run).changed() if has_student else None)
     is_done = state == "done"
     if not is_done:
         prune.refuse_impossible_plan(run)

@@ -75,11 +75,6 @@ def prune(run: Run) -> None:
     barrier()
 
 
-def what_is_cut(run: Run) -> list[str] | None:
-    """What is out of date of plan.json and student/, in words: nothing where they stay; None where one is missing."""
-    return plan_of(run).changed() if (run.dir / "student" / "config.json").is_file() else None
-
-
 def read_plan(run: Run) -> Plan:
     """plan.json of this run; made first where it is missing.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,10 @@ def _asked(row: ImageRow, prompt: str, answer: str, processor: Any, config: Any)
         raise UserError(
             f"{row.where}: the checkpoint's processor cannot take it ({error!r}); fix the row or the processor's files"
         ) from error
-    ids, start = whole["input_ids"][0], _common(before["input_ids"][0], whole["input_ids"][0])
+    ids = whole["input_ids"][0]
+    # there the answer starts, or a token that it shares with the prompt
+    pairs = zip(before["input_ids"][0].tolist(), ids.tolist(), strict=False)
+    start = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
     if start == len(ids) or (longest is not None and len(ids) > longest):
         raise UserError(
             f"{row.where}: takes {len(ids)} tokens with {len(ids) - start} of its answer {row.answer!r}, but the "
@@ -136,13 +140,6 @@ def _rendered_answer(row: ImageRow, prompt: str, processor: Any) -> str:
         )
     written = whole[len(prompt) :]
     return written[: without_layout(written, processor.tokenizer)]
-
-
-def _common(first: Tensor, second: Tensor) -> int:
-    """How many tokens both begin with: there the answer starts, or a token that it shares with the prompt."""
-    size = min(len(first), len(second))
-    differ = (first[:size] != second[:size]).nonzero()
-    return int(differ[0]) if len(differ) else size
 
 
 def on_device(inputs: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

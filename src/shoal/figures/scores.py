@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 MAX_TASKS = 30
 """In the figure of scores, which would grow without end."""
-COLUMN_ORDER = (*COLUMNS, "")
 
 
 def before_after_figure(evaluations: Sequence[Scores]) -> Figure:
@@ -28,7 +27,7 @@ def before_after_figure(evaluations: Sequence[Scores]) -> Figure:
     keys = list(dict.fromkeys(task.key for evaluation in evaluations for task in evaluation.tasks))
     by_ability: dict[tuple[str, str], list[TaskScore]] = {}
     tasks = [next(t for e in evaluations for t in e.tasks if t.key == key) for key in keys]
-    for task in sorted(tasks, key=lambda task: COLUMN_ORDER.index(task.column))[:MAX_TASKS]:
+    for task in sorted(tasks, key=lambda task: [*COLUMNS, ""].index(task.column))[:MAX_TASKS]:
         by_ability.setdefault((task.ability, "" if task.higher_is_better else task.metric), []).append(task)
     ordered = sorted(by_ability.items(), key=lambda item: bool(item[0][1]))
     figure, axes = panels([0.75 + 0.62 * len(rows) for _, rows in ordered])

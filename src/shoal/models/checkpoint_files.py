@@ -169,34 +169,28 @@ def check_checkpoint(folder: Path) -> None:
     check_config(folder)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         json_or_empty(folder / name)
-    refuse_more_layers(folder, shards := read_shards(folder))
-    _refuse_own_head(folder, shards)
+    _refuse_other_weights(folder, shards := read_shards(folder))
     shapes = [(name, tensor.shape) for shard in shards for name, tensor in shard.tensors.items()]
     widths = {shape[-1] for name, shape in shapes if len(shape) == 1 or (shape and ("emb" in name or "wte" in name))}
     if widths and text_part(json_or_empty(folder / "config.json")).get("hidden_size") not in [*widths, None]:
         raise UserError(f"{folder}: {WRONG_SHAPES}")
 
 
-def refuse_more_layers(folder: Path, shards: Iterable[Shard]) -> None:
-    """Refuse weights of more decoder layers than config.json counts, but for those of multi-token prediction."""
-    config = text_part(json_or_empty(folder / "config.json"))
-    told, names = config.get("num_hidden_layers"), [name for shard in shards for name in shard.tensors]
-    layers = {int(found[1]) for name in names if (found := re.match(r"model\.layers\.(\d+)\.self_attn\.", name))}
+def _refuse_other_weights(folder: Path, shards: Iterable[Shard]) -> None:
+    """Refuse weights of more decoder layers than config.json counts, but for those of multi-token prediction, and a
+    head of its own where it says that this is the embeddings; many checkpoints store both, alike."""
+    whole = json_or_empty(folder / "config.json")
+    stored = {name: (shard.file, own) for shard in shards for name, own in shard.tensors.items()}
+    told = (config := text_part(whole)).get("num_hidden_layers")
+    layers = {int(found[1]) for name in stored if (found := re.match(r"model\.layers\.(\d+)\.self_attn\.", name))}
     if type(told) is int and max(layers, default=-1) >= told and not re.search("nextn|mtp", f"{[*config]}"):
         problem = f"num_hidden_layers: {told}, but the weights have {max(layers) + 1} layers"
         raise UserError(f"{folder}: config.json has {problem}; correct it, or {DOWNLOAD_AGAIN}")
-
-
-def _refuse_own_head(folder: Path, shards: Iterable[Shard]) -> None:
-    """Refuse a head of its own where config.json says that it is the embeddings; many checkpoints store both, alike."""
-    config = json_or_empty(folder / "config.json")
-    stored = {name: (shard.file, tensor) for shard in shards for name, tensor in shard.tensors.items()}
-    head = next((own for name, own in stored.items() if name.endswith("lm_head.weight")), None)
-    if head is None or not config.get(TIED, text_part(config).get(TIED)):
-        return
-    tables = [own for name, own in stored.items() if re.search(r"(emb|wte)[^.]*\.weight$", name)]
-    alike = [own for own in tables if (own[1].dtype, own[1].shape) == (head[1].dtype, head[1].shape)]
-    if alike and _sample(*head) not in [_sample(*own) for own in alike]:
+    is_tied = whole.get(TIED, config.get(TIED))
+    heads = [own for name, own in stored.items() if is_tied and name.endswith("lm_head.weight")]
+    tables = [own for name, own in stored.items() if heads and re.search(r"(emb|wte)[^.]*\.weight$", name)]
+    alike = [own for own in tables if (own[1].dtype, own[1].shape) == (heads[0][1].dtype, heads[0][1].shape)]
+    if alike and _sample(*heads[0]) not in [_sample(*own) for own in alike]:
         told = f"config.json has {TIED}: true, but the weights have an lm_head of their own"
         raise UserError(f"{folder}: {told}; set it to false")
 

@@ -10,7 +10,6 @@ GONE: dict[str, str] = own_yaml(__file__)
 """Key without positions in lists, kind (`distill.losses.value_relation`) or value (`distill.trainable.replacement`) ->
 the end of the sentence `KEY: gone since 0.1; ...`, or `-> KEY` or `-> KEY = VALUE` where a word changes. What else is
 to be said stands behind a semicolon."""
-MOVES = "-> "
 
 
 def gone(place: str) -> str | None:
@@ -20,4 +19,4 @@ def gone(place: str) -> str | None:
     words = GONE.get(place) or GONE.get(place.partition(".")[0])
     if words is None:
         return None
-    return "removed before 0.1; " + (f"write {words[3:].replace(' =', ':')}" if words.startswith(MOVES) else words)
+    return "removed before 0.1; " + (f"write {words[3:].replace(' =', ':')}" if words.startswith("-> ") else words)
