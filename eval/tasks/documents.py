@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -159,12 +160,6 @@ def _without_marks(text: str) -> str:
     return cleaned.replace("  ", " ")
 
 
-def _without_calculator(text: str) -> str:
-    """GSM8K's worked answer without its <<48/2=24>> marks."""
-    parts = text.split("<<")
-    return parts[0] + "".join(part.partition(">>")[2] for part in parts[1:])
-
-
 def _values_beside(pairs: Sequence[Sequence[str]], position: int) -> list[str]:
     """The value at ``position`` among three others, in the order of a hash."""
     gold = pairs[position][1]
@@ -177,7 +172,8 @@ def _jinja() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {
         "without_marks": _without_marks,
-        "without_calculator": _without_calculator,
+        # GSM8K's worked answer without its <<48/2=24>> marks
+        "without_calculator": partial(re.compile(r"(?s)<<.*?(?:>>|\Z)").sub, ""),
         "bbh_options": bbh_options,
         "as_json": lambda pairs: json.dumps(dict(pairs)),
         "values_beside": _values_beside,

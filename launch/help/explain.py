@@ -34,9 +34,6 @@ WORDS = {"integer": "whole number", "number": "number", "string": "text", "boole
 """Type -> what a YAML file gives for it."""
 LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
-AGAIN = "distill.data.losses"
-"""Holds the sections of distill.losses, which are listed there."""
-
 
 @cache
 def schema() -> dict[str, Any]:
@@ -65,7 +62,8 @@ def places(section: Any = None, before: str = "", alone: bool = True) -> Iterato
     section = section or schema()
     for key, own in section["properties"].items():
         yield before + key, {**own, "is_required": alone and key in section.get("required", ())}
-        inner = [] if before + key == AGAIN else sections_of(own)
+        # what distill.data.losses holds is listed under distill.losses
+        inner = [] if before + key == "distill.data.losses" else sections_of(own)
         has_kinds, of_types = len(inner) > 1 and all(map(kind_of, inner)), dict[str, dict[str, Any]]()
         for part in inner:
             if has_kinds:
