@@ -26,7 +26,7 @@ from shoal.ranks import world_size
 from shoal.recipe.distill import Distill, Trainable, TrainingSource
 from shoal.recipe.recipe import of_arguments
 from shoal.recipe.section import AUTO, Shapes, shaping
-from shoal.recipe.trainer_arguments import trained_in
+from shoal.recipe.trainer_arguments import refuse_training, trained_in
 from shoal.runtime import agreed, device
 from shoal.train.distill import training_of
 from shoal.train.distillation_trainer import DistillationTrainer
@@ -91,6 +91,8 @@ def distill(
     drop, loss_on = settings.pop("drop", None), settings.pop("loss_on", None)
     section, seed = _section({"losses": losses, "trainable": trainable}, settings, seed), int(seed)
     has_budget = "num_tokens" in settings or is_source(data)
+    if has_budget:
+        refuse_training(section, ranks=world_size())
     budget = num_rows(section) * section.sequence_length if has_budget else None
     sources, how = sources_of(data, loss_on=loss_on, num_tokens=budget), {"num_tokens": budget, "seed": seed}
     rows = pack(sources, tokenizer, sequence_length=section.sequence_length, packing=section.packing, **how)

@@ -259,7 +259,5 @@ def _with_sections(config: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {stage!r})")
     cast = config.get("torch_autocast", {})
     if cast.get("enabled") and str(cast.get("dtype")).removeprefix("torch.") not in MIXED:
-        raise UserError(
-            f"distill.deepspeed: torch_autocast.dtype must be one of {', '.join(MIXED)} (got {cast.get('dtype')!r})"
-        )
+        raise UserError(_REFUSED["deepspeed_wrong"]["autocast"].format(known=", ".join(MIXED), said=cast.get("dtype")))
     return config

@@ -373,6 +373,10 @@ def healed(model: PreTrainedModel, tokenizer: Any, data: Any = TEXTS, **settings
             lambda m, t: shoal.distill(m, shoal.cut_model(m, [1]), TEXTS, tokenizer=t),
             r"the teacher is pruned by shoal, and the student is not; pass the pruned model first",
         ),
+        (
+            lambda m, t: healed(m, t, TEXTS, num_tokens=3000, sequence_length=64, trainer={"warmup_steps": 500}),
+            r"warmup_steps: 500 of 12 steps, so the learning rate is never reached; lower it",
+        ),
         (lambda m, t: healed(m, t, stream_of(TEXTS)), r"data 'data': is a stream without an end; set num_tokens"),
         (
             lambda m, t: healed(m, t, "python_docs", loss_on="all"),
