@@ -138,25 +138,24 @@ def refuse_tokenizer(folder: Path) -> None:
     if not isinstance(longest := settings.get("model_max_length"), int | float | None):
         problem = f"TypeError: model_max_length is {longest!r}"
     file, others = folder / files.TOKENIZER_FILES[0], (*files.TOKENIZER_FILES[1:], *OTHERS)
-    is_alone = not any(any(folder.glob(pattern)) for pattern in others)
-    if (is_plain and is_alone) or file.is_file():
+    if (is_plain or file.is_file()) and not any(any(folder.glob(pattern)) for pattern in others):
         try:
-            own = (whole := json.loads(file.read_bytes()))["model"]
-            if (kind := own.get("type", TOKENIZERS[0])) not in TOKENIZERS:
+            if (kind := (own := json.loads(file.read_bytes())["model"]).get("type", TOKENIZERS[0])) not in TOKENIZERS:
                 problem = f"ValueError: {file.name} has a model of type {kind!r}"
             elif not own["vocab"]:
                 problem = f"ValueError: {file.name} has no vocabulary"
-            elif (end := settings.get("eos_token")) and "auto_map" not in settings:
-                # transformers would give it a number of its own, which the model has not learnt and does not stop at
-                end = end["content"] if isinstance(end, dict) else end
-                later = (settings.get("added_tokens_decoder") or {}).values()
-                known = {word if isinstance(word, str) else word[0] for word in own["vocab"]}
-                known |= {token["content"] for token in [*whole.get("added_tokens", ()), *later]}
-                if end not in {*known, *files.json_or_empty(folder / "added_tokens.json")}:
-                    problem = f"ValueError: eos_token {end!r} of tokenizer_config.json is not in the vocabulary"
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if is_alone:
-                problem = f"{type(error).__name__}: {file.name} is missing or damaged, {error}"
+            problem = f"{type(error).__name__}: {file.name} is missing or damaged, {error}"
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    added = [settings.get("added_tokens_decoder"), files.json_or_empty(folder / "added_tokens.json")]
+    if isinstance(end, str) and end and file.is_file() and "auto_map" not in settings and not problem:
+        # transformers would give it a number of its own, which the model has not learnt and does not stop at; to look
+        # for the word takes a hundredth of the time that it takes to parse a large vocabulary
+        told = file.read_bytes() + json.dumps(added, ensure_ascii=False).encode()
+        spelt = [json.dumps(end, ensure_ascii=is_ascii).encode() for is_ascii in (False, True)]
+        if b'"vocab"' in told and not any(word in told for word in spelt):
+            problem = f"ValueError: eos_token {end!r} of tokenizer_config.json is not in the vocabulary"
     if problem:
         raise UserError(f"{folder}: {files.NO_TOKENIZER.format(problem)}")
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, census
 from architectures import tiny_model as tiny_architecture
-from tiny import SHAPE, tiny_checkpoint, tiny_moe
+from safetensors.torch import load_file, save_file
+from tiny import SHAPE, set_json, tiny_checkpoint, tiny_moe
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 
 from shoal.errors import UserError
-from shoal.models.checkpoint_files import read_shards
+from shoal.models.checkpoint_files import check_checkpoint, read_shards
 from shoal.models.looks import chat_template, refuse_config, refuse_tokenizer, refuse_weights
 
 LLAMA: dict[str, Any] = {"model_type": "llama", **SHAPE}
@@ -45,6 +46,20 @@ def test_a_checkpoint_passes_with_its_tokenizer(kind: str, tmp_path: Path) -> No
     assert "message" in (chat_template(folder) or "")
     (folder / "chat_template.jinja").unlink()
     assert chat_template(folder) == ""
+
+
+def test_a_stored_copy_of_the_embeddings_and_an_end_that_was_added_pass(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    set_json(folder / "config.json", tie_word_embeddings=True)
+    check_checkpoint(folder)
+    set_json(folder / "tokenizer_config.json", eos_token={"content": "<é>"})
+    with pytest.raises(UserError, match=r"eos_token '<é>' of tokenizer_config\.json is not in the vocabulary"):
+        refuse_tokenizer(folder)
+    set_json(folder / "tokenizer_config.json", added_tokens_decoder={"259": {"content": "<é>"}})
+    refuse_tokenizer(folder)
 
 
 def test_experts_pass(tmp_path: Path) -> None:
