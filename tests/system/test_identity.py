@@ -100,7 +100,7 @@ def test_identities_are_those_that_run_directories_hold(name: str) -> None:
     run = Run(parse_recipe(RECIPES[name]))
     distill, results = run.recipe.distill, identities(run)
     results["checkpoints"] = checkpoint_inputs(distill, results["training"])
-    for source in map(to_write, distill.data):
+    for source in (to_write(source, sequence_length=distill.sequence_length) for source in distill.data):
         if source.generate is not None:
             chosen = _chosen(distill, source, tiny_tokenizer(), seed=run.recipe.seed)
             results["written"] = _identity(source.generate, chosen, inputs={"model": "m"}, seed=run.recipe.seed)
@@ -202,7 +202,9 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(module, name, lambda *_: "...", raising=False)
     monkeypatch.setattr("shoal.launch.verbs.run.resolved", lambda *_: Path("teacher"))
     recipe = parse_recipe(RECIPES["full"])
-    recipe = dataclasses.replace(recipe, distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy()))
+    recipe = dataclasses.replace(
+        recipe, distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy(max_new_tokens=8))
+    )
     before = with_perplexity(identities(Run(recipe)))
     for place, shapes, changed in variants(recipe):
         if shapes == Shapes.BY_CONTENT:

@@ -17,9 +17,9 @@ from shoal.compress.sweeps import placeholder, sweep
 from shoal.data import sources
 from shoal.eval import evaluate
 from shoal.eval.evaluate import Work
-from shoal.eval.tasks import load
+from shoal.eval.tasks import load, names
 from shoal.launch.cli import run_verb
-from shoal.launch.verbs import dry_run, early, pace
+from shoal.launch.verbs import dry_run, pace
 from shoal.launch.verbs import run as runs
 from shoal.models import download
 from shoal.models.load import load_config
@@ -66,7 +66,7 @@ def test_the_dry_run_of_a_recipe_as_written_passes(
     monkeypatch.setattr(sources, "_hub_rows", hub_rows)
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     if name == "8b":  # its tasks are on the Hub
-        monkeypatch.setattr(early, "refuse_offline", lambda *_: None)
+        monkeypatch.setattr(names, "refuse_offline", lambda *_: None)
         monkeypatch.setattr(load, "tasks_of", lambda *_, **__: {})
         for name_of in ("checked_items", "num_items"):
             monkeypatch.setattr(evaluate, name_of, lambda *_, **__: {})
