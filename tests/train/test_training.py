@@ -64,7 +64,6 @@ ALL_LOSSES = [
     *LOGIT_LOSSES,
     {"kind": "adaptive_kl", "weight": 0.4},
     {"kind": "taid", "weight": 0.5},
-    {"kind": "dkd", "weight": 0.2},
     {"kind": "hidden_states", "weight": 0.5},
     {"kind": "hidden_states", "weight": 0.3, "map": "own", "distance": "cosine"},
 ]
@@ -393,7 +392,7 @@ def test_recorded_signals_give_the_curves_of_the_live_teacher(live, teacher, cut
     )
     recorded = finished(run(path, ranks=ranks))
     assert re.search(r"record: \d+ rows in", recorded.log)
-    names = [name for name in NAMES if name not in ("adaptive_kl", "taid", "dkd")]
+    names = [name for name in NAMES if name not in ("adaptive_kl", "taid")]
     assert recorded.training.settings["shared_layers"] == live.training.settings["shared_layers"] == 2
     for name in names:
         # 0.0008 (KL + sqrt(2 KL)) of 16 bits, here at temperature 2, and bfloat16 states

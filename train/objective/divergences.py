@@ -121,21 +121,6 @@ def taid(p: Softmax, q: Softmax, *, share: float | Tensor) -> Values:
     return forward_kl(softened(torch.lerp(q.log_NV, p.log_NV, share), 1.0), q)
 
 
-def dkd(p: Softmax, q: Softmax, labels_N: Tensor, *, alpha: float, beta: float) -> Values:
-    """alpha KL of (label, rest) + beta KL within the rest (Zhao et al. 2022, arXiv:2203.08679).
-
-    The mass of the rest comes from its own logarithms, not from 1 - q(label), which is 0 for a sure student.
-    """
-    label_N1 = labels_N[:, None]
-    (p_pair_N2, p_rest), (q_pair_N2, q_rest) = _split(p, label_N1), _split(q, label_N1)
-    target_N = (p_pair_N2.exp() * (p_pair_N2 - q_pair_N2)).sum(-1)
-    rest_N = (p_rest.prob_NV * (p_rest.log_NV - q_rest.log_NV)).sum(-1)
-    # the gradient of the binary KL (label, rest) with respect to the label's logit; all other words share the opposite
-    missing_N1 = alpha * (q.prob_NV.gather(-1, label_N1) - p.prob_NV.gather(-1, label_N1))
-    gradient_NV = (beta - missing_N1) * q_rest.prob_NV - beta * p_rest.prob_NV
-    return Values(alpha * target_N + beta * rest_N, gradient_NV.scatter_(-1, label_N1, missing_N1))
-
-
 def total_variation(p: Softmax, q: Softmax) -> Values:
     """Half the sum of |p - q|."""
     difference_NV = q.prob_NV - p.prob_NV
@@ -183,8 +168,6 @@ def token_losses(
             return adaptive_kl(p, q, head_mass=term.head_mass)
         case losses.TAID():
             return taid(p, q, share=share)
-        case losses.DKD():
-            return dkd(p, q, labels_N, alpha=term.alpha, beta=term.beta)
         case losses.TotalVariation():
             return total_variation(p, q)
 
@@ -236,13 +219,3 @@ def _log_mixture(p: Softmax, q: Softmax, share: float) -> Tensor:
 
 def _through_softmax(slope_NV: Tensor, q: Softmax) -> Tensor:
     return slope_NV - q.prob_NV * slope_NV.sum(-1, keepdim=True)
-
-
-def _split(distribution: Softmax, label_N1: Tensor) -> tuple[Tensor, Softmax]:
-    """log of (label's probability, that of the rest), (N, 2), and the distribution within the rest."""
-    rest_NV = distribution.log_NV.scatter(-1, label_N1, -math.inf)
-    mass_N1 = rest_NV.logsumexp(-1, keepdim=True)
-    pair_N2 = torch.cat([distribution.log_NV.gather(-1, label_N1), mass_N1], -1)
-    # the label's own entry has no mass but must stay finite, so that 0 times it is 0
-    log_NV = distribution.log_NV - mass_N1
-    return pair_N2, Softmax(log_NV, (rest_NV - mass_N1).exp())

@@ -105,18 +105,6 @@ class TAID(Divergence):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DKD(Divergence):
-    """Decoupled KL (Zhao et al. 2022, arXiv:2203.08679). The value is alpha KL of (label, all other tokens) + beta KL
-    among the other tokens."""
-
-    kind: Literal["dkd"] = "dkd"
-    alpha: Weight = 1.0
-    """Factor of the divergence between label and all other tokens."""
-    beta: Weight = 0.5
-    """Factor of the divergence among the other tokens."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TotalVariation(Divergence):
     """Half the sum of |p - q|, between 0 and 1. It is scaled by the squared temperature like the other losses."""
 
@@ -158,16 +146,7 @@ class HiddenStates(Section):
 
 
 LogitTerm = (
-    ForwardKL
-    | ReverseKL
-    | JSD
-    | SkewedForwardKL
-    | SkewedReverseKL
-    | AdaptiveKL
-    | TAID
-    | DKD
-    | TotalVariation
-    | CrossEntropy
+    ForwardKL | ReverseKL | JSD | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TAID | TotalVariation | CrossEntropy
 )
 LossTerm = Annotated[LogitTerm | HiddenStates, Field(discriminator="kind")]
 
@@ -191,7 +170,7 @@ def reads_distributions(term: LossTerm) -> bool:
 
 def from_top_k(term: LossTerm) -> bool:
     """Whether the teacher's most probable tokens are enough, which is what is recorded of it."""
-    return not isinstance(term, AdaptiveKL | TAID | DKD)
+    return not isinstance(term, AdaptiveKL | TAID)
 
 
 def temperatures(terms: Iterable[LossTerm]) -> set[float]:
@@ -238,5 +217,3 @@ def _own_problems(term: LossTerm) -> Iterator[str]:
             yield f"start: must not be above end, {term.end:g} (got {term.start:g})"
         case TAID() if term.end == 0:
             yield "end: with 0 the target stays the student itself, which trains nothing; set it above 0"
-        case DKD(alpha=0, beta=0):
-            yield "alpha: alpha and beta are both 0, so the term would always be 0; set one of them above 0"

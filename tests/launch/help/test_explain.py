@@ -89,8 +89,8 @@ def test_a_list_of_kinds_names_them_and_a_kind_its_keys() -> None:
 
 
 def test_without_a_kind_all_that_have_the_key_are_told_and_an_entry_of_a_mapping_is() -> None:
-    told = [told["key"] for told in explanation("distill.losses.0.alpha")]
-    assert told == [f"distill.losses.{kind}.alpha" for kind in ("skewed_forward_kl", "skewed_reverse_kl", "dkd")]
+    told = [told["key"] for told in explanation("prune.changes.0.kind")]
+    assert told == [f"prune.changes.{kind}.kind" for kind in ("width", "compensate")]
     assert [told["key"] for told in explanation("distill.losses.weight")] == ["distill.losses.weight"]
     (told,) = explanation("eval.limit.arc_easy_generation")
     assert (told["key"], told["entry"]) == ("eval.limit", "arc_easy_generation is an entry of this mapping")

@@ -9,7 +9,6 @@ from cases import cases
 
 from shoal.errors import UserError
 from shoal.recipe.losses import (
-    DKD,
     JSD,
     KINDS,
     LOGIT_TERMS,
@@ -36,7 +35,7 @@ def losses(*terms: dict[str, Any]) -> tuple[LossTerm, ...]:
 def test_every_kind_is_read_from_a_recipe_with_its_defaults_and_written_back() -> None:
     kinds = (*LOGIT_TERMS, HiddenStates)
     assert [term().kind for term in kinds] == list(KINDS)
-    assert len(set(KINDS)) == len(kinds) == 11
+    assert len(set(KINDS)) == len(kinds) == 10
     for term, kind in zip(kinds, KINDS, strict=True):
         (read,) = losses({"kind": kind})
         assert read == term()
@@ -58,7 +57,7 @@ def test_wrong_term_is_refused_with_its_path_and_remedy(term: dict[str, Any], me
 def test_one_term_given_twice_is_refused_and_two_of_one_kind_are_not() -> None:
     twice = contradictions((ForwardKL(), CrossEntropy(), ForwardKL(weight=0.5)), "here")
     assert twice == ["here.2: forward_kl is listed twice (first at 0); list it once with both weights added"]
-    assert not contradictions((ForwardKL(), ForwardKL(temperature=2.0), JSD(beta=0.2), JSD(), TAID(), DKD()))
+    assert not contradictions((ForwardKL(), ForwardKL(temperature=2.0), JSD(beta=0.2), JSD(), TAID()))
 
 
 def test_terms_of_one_kind_get_curves_of_their_own() -> None:

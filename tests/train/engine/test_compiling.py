@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import (
-    DKD,
     JSD,
     TAID,
     CrossEntropy,
@@ -49,7 +48,6 @@ DENSE: tuple[LogitTerm, ...] = (
     SkewedReverseKL(weight=0.2),
     TotalVariation(weight=0.1),
     TAID(weight=0.1),
-    DKD(weight=0.1),
     CrossEntropy(weight=0.1),
 )
 COARSE: tuple[LogitTerm, ...] = (ForwardKL(), JSD(weight=0.3), CrossEntropy(weight=0.1))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from shoal.recipe.losses import (
-    DKD,
     JSD,
     LOGIT_TERMS,
     TAID,
@@ -42,9 +41,6 @@ TERMS: list[LogitTerm] = [
     AdaptiveKL(),
     AdaptiveKL(head_mass=0.9),
     TAID(),
-    DKD(),
-    DKD(alpha=0.0, beta=2.0),
-    DKD(alpha=3.0, beta=0.0),
     TotalVariation(),
     CrossEntropy(),
 ]
@@ -86,11 +82,6 @@ def reference(term: LogitTerm, z_q: Tensor, z_p: Tensor, label: int) -> Tensor:
         case TAID():
             target = torch.softmax(((1 - SHARE) * z_q.detach() + SHARE * z_p) / term.temperature, 0)
             value = kl(target, q)
-        case DKD():
-            others = torch.arange(len(p)) != label
-            b_p, b_q = (torch.stack([x[label], x[others].sum()]) for x in (p, q))
-            value = term.alpha * kl(b_p, b_q)
-            value = value + term.beta * kl(p[others] / p[others].sum(), q[others] / q[others].sum())
         case TotalVariation():
             value = 0.5 * (p - q).abs().sum()
     return value * term.temperature**2
