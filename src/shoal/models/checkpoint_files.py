@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -26,7 +25,9 @@ from shoal.yaml_text import own_yaml
 DOWNLOAD_AGAIN = "create or download the checkpoint again"
 _KNOWN = own_yaml(__file__)
 MOST = {name: number for words, number in _KNOWN["most"].items() for name in words.split()}
-"""Numbers of a config.json that have to be above 0 -> no model has more."""
+"""Numbers of a config.json and a generation_config.json that have to be above 0 -> no model has more."""
+MAY_BE_0 = _KNOWN["may_be_0"].split()
+"""Those that may be 0 as well."""
 DIVIDE = (("num_key_value_heads", "num_attention_heads"), ("num_attention_heads", "hidden_size"))
 """Whole numbers of which the first has to divide the second; the last pair only if no key names the size of a head."""
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
@@ -239,20 +240,13 @@ def check_config(folder: Path) -> None:
         if file.suffix == ".jinja" and file.is_file() and file.stat().st_size > LONGEST_TEMPLATE:
             raise UserError(f"{file}: has {file.stat().st_size:,} bytes, which take minutes to read; {DOWNLOAD_AGAIN}")
     config = json_or_empty(folder / "config.json")
-    sections = [config, text_part(config)]
-    ropes = [rope for part in sections for rope in map(part.get, ("rope_parameters", "rope_scaling"))]
-    of_kinds = (each for rope in ropes if isinstance(rope, dict) for each in (rope, *rope.values()))  # of layers
-    sections += [each for each in of_kinds if isinstance(each, dict)]
-    for section, (name, most) in itertools.product(sections, MOST.items()):
-        number = section.get(name)  # some families have a list, one for each layer
-        is_half = isinstance(number, float) and type(most) is int and most > 1
-        if isinstance(number, str | bool) or (isinstance(number, int | float) and (is_half or not 0 < number <= most)):
-            raise UserError(f"{folder}: config.json has {name}: {number!r}; correct it, or {DOWNLOAD_AGAIN}")
     text = text_part(config)
     for file in ("config.json", WRITING):
-        said = text_part(json_or_empty(folder / file))
-        if name := wrong_token(said, text.get("vocab_size")):
-            raise UserError(f"{folder}: {file} has {name}: {said[name]!r}; correct it, or {DOWNLOAD_AGAIN}")
+        whole = json_or_empty(folder / file)
+        said = text_part(whole)
+        for section in (whole, said, *ropes(whole), *ropes(said)):
+            if name := wrong_number(section) or (section is said and wrong_token(said, text.get("vocab_size"))):
+                raise UserError(f"{folder}: {file} has {name}: {section[name]!r}; correct it, or {DOWNLOAD_AGAIN}")
     has_size = any(text[key] and re.search("head_dim|head_size|kv_channels|d_kv", key) for key in text)
     for name, other in DIVIDE[: 2 - has_size]:
         part, whole = text.get(name), text.get(other)
@@ -264,6 +258,23 @@ def check_config(folder: Path) -> None:
         raise UserError(f"{folder}: config.json has architectures: {names!r}; set it to a list with the class's name")
     if names and names[0].endswith(NO_DECODERS):
         raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
+
+
+def ropes(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a part of config.json says of rotary positions, of all layers or of each kind."""
+    said = (rope for rope in map(section.get, ("rope_parameters", "rope_scaling")) if isinstance(rope, dict))
+    return [each for rope in said for each in (rope, *rope.values()) if isinstance(each, dict)]
+
+
+def wrong_number(section: Mapping[str, Any]) -> str | None:
+    """Which key of a part of config.json or generation_config.json has a number that no model has, or none."""
+    for name, most in MOST.items():
+        number = section.get(name)  # some families have a list, one for each layer
+        is_half = isinstance(number, float) and type(most) is int and most > 1
+        is_below = isinstance(number, int | float) and not (0 < number <= most or (number == 0 and name in MAY_BE_0))
+        if isinstance(number, str | bool) or is_half or is_below:
+            return name
+    return None
 
 
 def wrong_token(said: Mapping[str, Any], vocabulary: Any) -> str | None:

@@ -39,6 +39,10 @@ KINDS: dict[str, Any] = {
     "dict": dict,
 }
 """Words of transformers' configurations for types -> those of JSON."""
+METHODS = ("utils/quantization_config.py", "class QuantizationMethod")
+"""Where transformers lists the methods that it reads quantised weights of."""
+FROM_OUTSIDE = ("rope_type", "rope_theta", "original_max_position_embeddings")
+"""Of rotary positions, what transformers takes from the rest of config.json."""
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 """What torch.compile, DistributedDataParallel and PEFT put before names of weights."""
@@ -72,14 +76,23 @@ def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bo
         wrong["dtype"] = dtype
     if not isinstance(dtype, str | dict | None):
         wrong["dtype"] = repr(dtype)
-    quantised = config.get("quantization_config")
+    if strangers := [each for each in config.get("architectures") or () if not code and f'"{each}"' not in known]:
+        wrong["architectures"] = strangers[0]
+    quantised, methods = config.get("quantization_config"), names("transformers", *METHODS)
     if isinstance(quantised, dict) and not any(key.startswith(("quant_method", "load_in")) for key in quantised):
         wrong["quantization_config"] = "one without a quant_method"
+    elif isinstance(quantised, dict) and methods and quantised.get("quant_method", methods[0]) not in methods:
+        wrong["quant_method"] = str(quantised["quant_method"])
     declared = own + source("transformers", "configuration_utils.py")
     if not isinstance(config.get("text_config"), dict | None):
         wrong["text_config"] = repr(config["text_config"])
     if not isinstance(rope, dict | None):
         wrong["rope_parameters"] = repr(rope)
+    if lacking := [*filter(None, map(_lacking, files.ropes(text)))]:
+        wrong["rope_parameters"] = lacking[0]
+    size = text.get("head_dim")
+    if type(size) is int and size % 2 and "rotate_half" in own and "partial_rotary" not in f"{text}":
+        wrong["head_dim"] = f"{size} (odd) next to rotary positions"
     wrong |= {key: repr(text[key]) for key in text if not _is_of_its_type(text[key], key, declared)}
     layers, count = text.get("layer_types"), text.get("num_hidden_layers")
     for kind in layers if isinstance(layers, list) and own else ():
@@ -94,6 +107,15 @@ def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bo
     for key, word in wrong.items() if own else ():
         told = f"config.json has {key}: {word}, which transformers does not know"
         raise UserError(f"{name}: {told}; correct it, or {files.DOWNLOAD_AGAIN}")
+
+
+def _lacking(rope: Mapping[str, Any]) -> str:
+    """A kind of rotary positions and what transformers needs of it that ``rope`` does not give; empty if it has all."""
+    kind, rules = rope.get("rope_type", rope.get("type")), source("transformers", "modeling_rope_utils.py")
+    rule = re.search(rf"_validate_{re.escape(str(kind))}_rope_parameters\([^{{]*required_keys = {{([^}}]*)}}", rules)
+    needed = re.findall(r'"(\w+)"', rule[1]) if rule else []
+    missing = [key for key in needed if key not in (*rope, *FROM_OUTSIDE)]
+    return f"{kind} without {', '.join(missing)}" if missing else ""
 
 
 def _is_of_its_type(value: Any, key: str, declared: str) -> bool:
@@ -124,7 +146,11 @@ def refuse_weights(folder: Path, config: Mapping[str, Any], shapes: Mapping[str,
     ends = [(name, name.replace("q_proj", "k_proj")) for name in shapes if name.endswith("q_proj.weight")]
     both = [(shapes[query][0], shapes[key][0]) for query, key in ends if key in shapes and heads and groups]
     fits = [q % heads == k % groups == 0 and q // heads in (k // groups, 2 * k // groups) for q, k in both]
-    if (rows and text.get("vocab_size", min(rows)) not in rows) or (fits and not any(fits)):
+    sizes = {k // groups for _, k in both}
+    widths = {shape[-1] for name, shape in shapes.items() if name.endswith("mlp.down_proj.weight")}
+    stored = {"head_dim": sizes, "intermediate_size": widths}
+    is_other = any(own and type(text.get(key)) is int and text[key] not in own for key, own in stored.items())
+    if is_other or (rows and text.get("vocab_size", min(rows)) not in rows) or (fits and not any(fits)):
         raise UserError(f"{folder}: {files.WRONG_SHAPES}")
 
 

@@ -126,8 +126,9 @@ def test_every_word_of_transformers_and_torch_passes() -> None:
     for key, known in words.items():
         for word in known:
             refuse_config("model", {**LLAMA, key: word}, trust_remote_code=False)
+    rope = dict.fromkeys(("factor", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor"), 1.0)
     for kind in ROPE_INIT_FUNCTIONS:
-        refuse_config("model", {**LLAMA, "rope_parameters": {"rope_type": kind}}, trust_remote_code=False)
+        refuse_config("model", {**LLAMA, "rope_parameters": {**rope, "rope_type": kind}}, trust_remote_code=False)
 
 
 @pytest.mark.parametrize(
