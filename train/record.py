@@ -24,7 +24,7 @@ from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.document_masks import documents_known
-from shoal.models.load import logits_from_hidden
+from shoal.models.load import logits_from_hidden, not_finite_in
 from shoal.progress import progress
 from shoal.ranks import is_main, rank, world_size
 from shoal.runtime import agreed, barrier, device, queued, together
@@ -259,8 +259,8 @@ def _record_shard(
     if bad.any():
         row, position = (int(index) for index in bad.nonzero()[0])
         raise UserError(
-            f"record: the teacher's logits at position {position} of row {shard.start + row} are not finite; "
-            "set dtype: float32, or check its weights"
+            f"record: the teacher's logits at position {position} of row {shard.start + row} are not finite "
+            f"{not_finite_in(teacher.dtype)}"
         )
     states = {plane: torch.cat(parts) for plane, parts in kept.items()}
     return recording.shard_planes(

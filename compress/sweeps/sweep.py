@@ -23,6 +23,7 @@ from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.inference.prefix_sharing import Tokens, batches
 from shoal.inference.scoring import Score
+from shoal.models.load import not_finite_in
 from shoal.progress import Work, each
 from shoal.ranks import world_size
 from shoal.recipe.evaluate import Eval
@@ -135,10 +136,8 @@ class VariantsLM(CausalLM):
         """Among options that are all NaN lm-eval would choose the first and go on."""
         for variant, scores in zip(self._variants, by_variant, strict=True):
             if any(math.isnan(log_prob) for log_prob, _ in scores):
-                raise UserError(
-                    f"measure.sweep: {variant.name}: the model's likelihoods are NaN in {self._edited.model.dtype}; "
-                    "set dtype: float32 (or bfloat16) in the recipe, or check the weights for damage"
-                )
+                told = f"the model's likelihoods are NaN {not_finite_in(self._edited.model.dtype)}"
+                raise UserError(f"measure.sweep: {variant.name}: {told}")
 
     def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
         keys = self._text_keys(prompts, how)

@@ -37,6 +37,7 @@ from shoal.inference.decoder import Decoder, answers_at
 from shoal.inference.generation import Finish, end_tokens, write_after
 from shoal.inference.prefix_sharing import Reader, Tokens, batches, batches_by_beginning, common_beginnings
 from shoal.inference.scoring import Score, scored
+from shoal.models.load import not_finite_in
 from shoal.progress import Work, progress
 from shoal.ranks import world_size
 from shoal.runtime import barrier
@@ -200,10 +201,7 @@ class CausalLM(TemplateLM):
             for scores in scored(self._decoder, asked, batch_size=self.batch_size):
                 # among options that are all NaN lm-eval would choose the first and go on
                 if any(math.isnan(log_prob) for log_prob, _ in scores.values()):
-                    raise UserError(
-                        f"the model's likelihoods are NaN in {self._model.dtype}; set dtype: float32 (or bfloat16) "
-                        "in the recipe, or check the weights for damage"
-                    )
+                    raise UserError(f"the model's likelihoods are NaN {not_finite_in(self._model.dtype)}")
                 self.items.add([keys[missing[index]] for index in scores], list(scores.values()))
                 step(len(scores))
         return [(log_prob, is_greedy) for log_prob, is_greedy in map(self.items.__getitem__, keys)]

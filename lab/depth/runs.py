@@ -23,7 +23,7 @@ from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config, watched
 from shoal.models.document_masks import documents_apart
-from shoal.models.load import logits_from_hidden
+from shoal.models.load import logits_from_hidden, not_finite_in
 
 MAX_LOGITS = 1 << 22
 """Entries (tokens times vocabulary) of one logits tensor."""
@@ -266,6 +266,4 @@ def require_one_path(model: PreTrainedModel) -> None:
 def require_finite(model: PreTrainedModel, what: str, *values: Tensor) -> None:
     """Refuse numbers of ``what`` that have overflowed."""
     if not all(bool(value.isfinite().all()) for value in values):
-        raise UserError(
-            f"{what}: the model's states overflow in {model.dtype}; set dtype: bfloat16 or dtype: float32 in the recipe"
-        )
+        raise UserError(f"{what}: the model's states overflow {not_finite_in(model.dtype)}")

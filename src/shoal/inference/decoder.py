@@ -25,7 +25,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body, refuse_both_directions, text_config
 from shoal.models.document_masks import documents_known
 from shoal.models.families import family
-from shoal.models.load import logits_from_hidden
+from shoal.models.load import logits_from_hidden, not_finite_in
 from shoal.runtime import queued
 
 _told: WeakKeyDictionary[PreTrainedModel, Tensor | int] = WeakKeyDictionary()
@@ -195,10 +195,8 @@ class Decoder:
             expected = self.model(input_ids=ids, use_cache=False).logits.float()
         computed = self.logits(self.hidden(ids))
         if not expected.isfinite().all():
-            raise UserError(
-                f"{type(self.model).__name__}: the logits are not finite in {self.model.dtype}; set dtype: bfloat16 "
-                "or dtype: float32 in the recipe, or check the weights for damage"
-            )
+            name = type(self.model).__name__
+            raise UserError(f"{name}: the logits are not finite {not_finite_in(self.model.dtype)}")
         if not torch.allclose(computed, expected, rtol=0.01, atol=0.01 * float(expected.abs().max())):
             raise UserError(
                 f"{type(self.model).__name__}: shoal does not know how this architecture computes logits from hidden "

@@ -30,7 +30,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from shoal.errors import UserError
 from shoal.machine import available_memory, device_memory, ranks_on_this_node
@@ -357,6 +356,13 @@ def refuse_broken_weights(models: Mapping[str, nn.Module | None]) -> None:
                 raise UserError(f"{called}: {name} holds NaN or infinite numbers; {DOWNLOAD_AGAIN}")
 
 
+def not_finite_in(dtype: torch.dtype) -> str:
+    """Where numbers of a model are not finite, and what to do: a dtype with a wider range or more digits, if any."""
+    wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
+    change = f"set dtype: {wider} in the recipe, or " if wider else ""
+    return f"in {dtype}; {change}check the weights for damage"
+
+
 def _held(parameter: nn.Parameter) -> Tensor:
     """What this rank holds of ``parameter``: under ZeRO 3 its share, whose end may be padding of any bits, and nothing
     of one that lies on a disk or is shared in another way."""
@@ -376,12 +382,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     check_config(folder)  # shows what is wrong before transformers makes a list of layers
     with _explained(folder, f"config.json cannot be used ({{}}); correct it, or {DOWNLOAD_AGAIN}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        how = getattr(config, "quantization_config", None)
-        if isinstance(how, dict) and not AutoHfQuantizer.supports_quant_method(how):  # which would be passed over
-            method = how["quant_method"]
-            raise UserError(f"{folder}: quant_method {method!r} is unknown to this version of transformers; upgrade it")
-        return config
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def reads_images(config: PreTrainedConfig) -> bool:

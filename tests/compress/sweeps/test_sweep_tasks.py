@@ -100,7 +100,7 @@ class Broken(Edited):
 def test_a_variant_that_gives_no_numbers_is_named() -> None:
     variants = [variant(f"mlp {layer}", [(layer, LayerEdit("mlp"))]) for layer in (2, 3)]
     asked = Eval(tasks=("knowledge_continuation",), limit=2)
-    with pytest.raises(UserError, match=r"mlp 3: .* likelihoods are NaN in torch.float32; set dtype"):
+    with pytest.raises(UserError, match=r"mlp 3: .* likelihoods are NaN in torch.float32; check the weights"):
         sweep(Broken(model()), tiny_tokenizer(), variants, asked, seed=0)
 
 

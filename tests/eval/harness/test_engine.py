@@ -229,5 +229,5 @@ def test_a_model_that_gives_no_numbers_is_refused_by_name() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[0] = float("nan")
-    with pytest.raises(UserError, match=r"the logits are not finite in torch\.float32; set dtype"):
+    with pytest.raises(UserError, match=r"the logits are not finite in torch\.float32; check the weights"):
         Decoder(model)
