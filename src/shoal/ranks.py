@@ -54,7 +54,8 @@ def _place() -> tuple[int, int, int]:
             that writes nothing, or one that waits for ranks that nobody has started.
     """
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        os.environ.setdefault("LOCAL_RANK", "0")  # one process a node, as Kubeflow's PyTorchJob starts them
+        # SLURM says it in a word of its own; else one process a node, as Kubeflow's PyTorchJob starts them
+        os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     said = {name: os.environ[name] for name in LAUNCHED if name in os.environ}
     if not said:
         return 0, 0, 1

@@ -95,6 +95,19 @@ def test_what_no_launcher_says_is_refused_by_name(
             ask()
 
 
+@pytest.mark.parametrize(("said", "own"), [({}, 0), ({"SLURM_LOCALID": "1"}, 1)])
+def test_a_rank_without_its_number_on_the_node_is_the_first_there_unless_slurm_says_more(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str], own: int
+) -> None:
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "")  # which is put back after the test
+    monkeypatch.delenv("LOCAL_RANK")
+    told = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1234", **said}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert (rank(), local_rank(), world_size()) == (3, own, 4)
+
+
 def _make_a_group(rank: int, world_size: int) -> None:
     runtime.set_up_distributed(77)
     group: Any = dist.new_group([rank])
