@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from shoal.atomic_files import write_text
 from shoal.compress.free_layers import default_count
-from shoal.data.default_text import CALIBRATION, LICENCES, PUBLIC_TASKS, SMALL, TRAINING, DefaultText, default_text
+from shoal.data.default_text import CALIBRATION, LICENCES, PUBLIC_TASKS, TRAINING, DefaultText, default_text
 from shoal.formatting import count_text
 from shoal.machine import device_name, fast_dtype, ranks_to_start
 from shoal.model_names import name_of_model
@@ -22,7 +22,7 @@ from shoal.models.anatomy import text_config
 from shoal.models.load import loaded_dtype, num_parameters, without_data
 from shoal.models.resolve import find_config
 from shoal.progress import doing
-from shoal.recipe.distill import TrainingSource
+from shoal.recipe.distill import SMALL, TrainingSource
 from shoal.recipe.prune import CutByScore
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict

@@ -29,14 +29,14 @@ from shoal.inference.vllm import check_vllm
 from shoal.model_names import DEMO_PREFIX, name_of_model, refuse_no_model
 from shoal.models import checkpoint_files as files
 from shoal.ranks import NO_GPU, may_have_devices, no_gpu, refuse_crowd, refuse_no_address
-from shoal.recipe.distill import Live, Recorded, TrainingSource
+from shoal.recipe.distill import SMALL, Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import NO_TEMPLATE
 from shoal.recipe.losses import NO_GRADIENT, HiddenStates
 from shoal.recipe.measure import METRICS, no_metric, not_measured
 from shoal.recipe.prune import NO_CORNERSTONE, CutThese, Target, Width
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import LOCK
-from shoal.recipe.section import AUTO, DataSource, Shapes, shaping
+from shoal.recipe.section import AUTO, DataSource, Shapes, plain_path, shaping
 from shoal.recipe.trainer_arguments import precisions_said, read_deepspeed, refuse_deepspeed, refuse_training
 from shoal.tracking.wandb_run import wandb_mode
 
@@ -160,8 +160,9 @@ def _columns(asked: Asked) -> None:
 def _training(asked: Asked) -> None:
     recipe, distill = asked.recipe, asked.recipe.distill
     on_cpu, config = not may_have_devices(), read_deepspeed(distill.deepspeed)
-    ranks = recipe.num_processes or (1 if on_cpu else None)
-    refuse_training(distill, ranks=None if asked.verb == "record" or "LOCAL_RANK" in os.environ else ranks)
+    is_here = asked.verb != "record" and "LOCAL_RANK" not in os.environ
+    ranks = (recipe.num_processes or (1 if on_cpu else None)) if is_here else None
+    refuse_training(distill, ranks=ranks)
     refuse_deepspeed(config, distill, next(iter(precisions_said(config)), distill.precision), on_cpu=on_cpu)
     if distill.lora is not None:
         distill.lora.require_packages()
@@ -176,6 +177,9 @@ def _training(asked: Asked) -> None:
     by_vllm = teacher if isinstance(teacher, Recorded) and teacher.backend == "vllm" else None
     if by_vllm and not (by_vllm.folder(recipe.run_dir) / "recording.json").is_file():  # else it may be needless
         check_vllm("distill.teacher.backend")
+    size = sum(math.prod(tensor.shape) for shard in asked.shards for tensor in shard.tensors.values())
+    if 0 < size < SMALL and "quantization_config" not in asked.config:  # which trains on at most as many tokens
+        refuse_training(replace(distill, num_tokens=distill.budget), ranks=ranks)
 
 
 def _scoring(asked: Asked) -> None:
@@ -500,6 +504,14 @@ LOOKS = (
 """In this order."""
 
 
+def out_path(text: str) -> Path:
+    """The place that --out names."""
+    try:
+        return Path(plain_path(text)).expanduser()
+    except ValueError as error:
+        raise UserError(f"--out: {error}; correct it, or leave it out") from None
+
+
 def init_file(asked: argparse.Namespace) -> Path:
     """The file that `shoal init` writes.
 
@@ -507,9 +519,7 @@ def init_file(asked: argparse.Namespace) -> Path:
         UserError: it is there or cannot be, or there is no such model.
     """
     refuse_no_model(asked.model, asked.revision)
-    if asked.out == "":
-        raise UserError("--out: is empty; name a file, or leave it out")
-    file = Path(asked.out or f"{name_of_model(asked.model)}.yaml").expanduser()
+    file = out_path(f"{name_of_model(asked.model)}.yaml" if asked.out is None else asked.out)
     if file.exists():
         raise UserError(f"{file}: exists already; name another file with --out, or remove it")
     if not file.parent.is_dir():

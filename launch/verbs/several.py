@@ -28,7 +28,7 @@ from shoal.recipe.recipe import load_recipe
 from shoal.redaction import redacted_arguments
 from shoal.yaml_text import read_yaml
 
-from .early import refuse_early, refuse_model, require_folder
+from .early import out_path, refuse_early, refuse_model, require_folder
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +38,7 @@ OF_THE_TEACHER = (Importance.FILE, "eval/teacher.json")
 
 def compare(asked: argparse.Namespace) -> Any:
     """The table of runs and models, which is written with its pages and figure too."""
-    if asked.out == "":
-        raise UserError("--out: is empty; name a folder, or leave it out")
-    out, folders = Path(asked.out).expanduser(), [Path(run) for run in asked.words]
+    out, folders = out_path(asked.out), [Path(run) for run in asked.words]
     runs = [Path(name) for name in asked.words if not names_model(name)]
     if not runs:
         raise UserError(

@@ -11,10 +11,9 @@ from peft import LoraConfig
 from transformers import SchedulerType, TrainingArguments
 
 from shoal.errors import UserError
-from shoal.recipe.distill import Distill, Lora, Trainable
+from shoal.recipe.distill import Distill, Lora, Packing, Trainable
 from shoal.recipe.losses import LossTerm
 from shoal.recipe.messages import checked
-from shoal.recipe.section import Packing
 from shoal.recipe.trainer_arguments import DEFAULTS, OURS, RANGES
 
 Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]

@@ -14,15 +14,13 @@ from torch import nn
 
 from shoal.errors import NO_ANSWER
 from shoal.formatting import count_text
-from shoal.recipe.distill import NUM_TOKENS, TrainingSource
+from shoal.recipe.distill import NUM_TOKENS, SMALL, TrainingSource
 from shoal.recipe.losses import CrossEntropy
 from shoal.recipe.section import AUTO, DataSource, TextSource
 from shoal.runtime import agreed
 
 log = logging.getLogger(__name__)
 Source = TypeVar("Source", bound=DataSource)
-SMALL = 500_000_000
-"""Parameters below which a model is a demonstration: healed on what is bundled, so that it needs no network."""
 HUB_WAIT_S = 5
 """Seconds that the Hub has to answer."""
 HOUR_S = 3600

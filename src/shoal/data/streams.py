@@ -40,7 +40,8 @@ from shoal.data.packing import (
 from shoal.data.sources import CHARACTERS_PER_TOKEN, Item, documents, nothing_in, opened, size_of, source_names
 from shoal.errors import UserError
 from shoal.progress import each
-from shoal.recipe.section import DataSource, Packing
+from shoal.recipe.distill import Packing
+from shoal.recipe.section import DataSource
 
 T = TypeVar("T")
 Encode = Callable[[ImageRow], tuple[list[int], np.ndarray]]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from shoal.atomic_files import read_json, read_text, refuse_endless
 from shoal.errors import UserError
+from shoal.installed import names
 from shoal.model_names import ADAPTER_CONFIG, model_within
 from shoal.yaml_text import own_yaml
 
@@ -28,6 +29,8 @@ MOST = {name: number for words, number in _KNOWN["most"].items() for name in wor
 """Numbers of a config.json and a generation_config.json that have to be above 0 -> no model has more."""
 MAY_BE_0 = _KNOWN["may_be_0"].split()
 """Those that may be 0 as well."""
+METHODS = ("utils/quantization_config.py", "class QuantizationMethod")
+"""Where transformers lists the methods that weights are quantised by."""
 DIVIDE = (("num_key_value_heads", "num_attention_heads"), ("num_attention_heads", "hidden_size"))
 """Whole numbers of which the first has to divide the second; the last pair only if no key names the size of a head."""
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
@@ -253,11 +256,16 @@ def check_config(folder: Path) -> None:
         if type(part) is int and type(whole) is int and whole % part:
             problem = f"{name}: {part}, which does not divide {other}: {whole}"
             raise UserError(f"{folder}: config.json has {problem}; correct it, or {DOWNLOAD_AGAIN}")
-    names = config.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{folder}: config.json has architectures: {names!r}; set it to a list with the class's name")
-    if names and names[0].endswith(NO_DECODERS):
-        raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{folder}: config.json has architectures: {classes!r}; set it to a list with the class's name")
+    if classes and classes[0].endswith(NO_DECODERS):
+        raise UserError(f"{folder}: {classes[0]} {NOT_CAUSAL}")
+    how, methods = config.get("quantization_config"), names("transformers", *METHODS)
+    is_named = isinstance(how, dict) and not any(key.startswith("load_in") for key in how)
+    if is_named and methods and how.get("quant_method") not in methods:  # which would be passed over
+        told = f"quant_method {how.get('quant_method')!r} is unknown to this version of transformers"
+        raise UserError(f"{folder}: {told}; correct it in config.json, or upgrade transformers")
 
 
 def ropes(section: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ OTHERS = (*files.OTHER_VOCABULARIES, "tekken*", "*.py")
 """Names of files of vocabularies and code beside them."""
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers of no family, which know only what lies in files."""
-END = ("eos", "pad")
+SPECIAL = ("eos_token", "pad_token", "bos_token")
 NUMBER, NONE = int | float, type(None)
 KINDS: dict[str, Any] = {
     "int": NUMBER,
@@ -39,10 +39,6 @@ KINDS: dict[str, Any] = {
     "dict": dict,
 }
 """Words of transformers' configurations for types -> those of JSON."""
-METHODS = ("utils/quantization_config.py", "class QuantizationMethod")
-"""Where transformers lists the methods that it reads quantised weights of."""
-FROM_OUTSIDE = ("rope_type", "rope_theta", "original_max_position_embeddings")
-"""Of rotary positions, what transformers takes from the rest of config.json."""
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 """What torch.compile, DistributedDataParallel and PEFT put before names of weights."""
@@ -74,30 +70,19 @@ def refuse_config(name: str, config: Mapping[str, Any], *, trust_remote_code: bo
     is_named = types and isinstance(dtype, str) and "float" in dtype
     if is_named and f"\n{dtype.removeprefix('torch.')}: dtype" not in types:
         wrong["dtype"] = dtype
-    if not isinstance(dtype, str | dict | None):
-        wrong["dtype"] = repr(dtype)
-    if strangers := [each for each in config.get("architectures") or () if not code and f'"{each}"' not in known]:
-        wrong["architectures"] = strangers[0]
-    quantised, methods = config.get("quantization_config"), names("transformers", *METHODS)
-    if isinstance(quantised, dict) and not any(key.startswith(("quant_method", "load_in")) for key in quantised):
-        wrong["quantization_config"] = "one without a quant_method"
-    elif isinstance(quantised, dict) and methods and quantised.get("quant_method", methods[0]) not in methods:
-        wrong["quant_method"] = str(quantised["quant_method"])
+    for each in () if code else config.get("architectures") or ():
+        if f'"{each}"' not in known:
+            wrong["architectures"] = each
     declared = own + source("transformers", "configuration_utils.py")
-    if not isinstance(config.get("text_config"), dict | None):
-        wrong["text_config"] = repr(config["text_config"])
-    if not isinstance(rope, dict | None):
-        wrong["rope_parameters"] = repr(rope)
-    if lacking := [*filter(None, map(_lacking, files.ropes(text)))]:
-        wrong["rope_parameters"] = lacking[0]
-    size = text.get("head_dim")
-    if type(size) is int and size % 2 and "rotate_half" in own and "partial_rotary" not in f"{text}":
-        wrong["head_dim"] = f"{size} (odd) next to rotary positions"
+    inner = config.get("text_config")
+    said = {"dtype": (dtype, str | dict), "text_config": (inner, dict), "rope_parameters": (rope, dict)}
+    wrong |= {key: repr(value) for key, (value, kind) in said.items() if not isinstance(value, kind | None)}
+    for lacking in filter(None, map(_lacking, files.ropes(text))):
+        wrong["rope_parameters"] = lacking
     wrong |= {key: repr(text[key]) for key in text if not _is_of_its_type(text[key], key, declared)}
     layers, count = text.get("layer_types"), text.get("num_hidden_layers")
-    for kind in layers if isinstance(layers, list) and own else ():
-        if f'"{kind}"' not in words + source("transformers", "configuration_utils.py"):
-            wrong["layer_types"] = str(kind)
+    if isinstance(layers, list) and (strange := [kind for kind in layers if f'"{kind}"' not in words + declared]):
+        wrong["layer_types"] = str(strange[0])
     is_own = re.search(r"self\.layer_types\[|validate_layer_type", own)
     if isinstance(layers, list) and type(count) is int and len(layers) != count and not is_own:
         wrong["layer_types"] = f"{len(layers)} of them next to num_hidden_layers {count}"
@@ -114,7 +99,8 @@ def _lacking(rope: Mapping[str, Any]) -> str:
     kind, rules = rope.get("rope_type", rope.get("type")), source("transformers", "modeling_rope_utils.py")
     rule = re.search(rf"_validate_{re.escape(str(kind))}_rope_parameters\([^{{]*required_keys = {{([^}}]*)}}", rules)
     needed = re.findall(r'"(\w+)"', rule[1]) if rule else []
-    missing = [key for key in needed if key not in (*rope, *FROM_OUTSIDE)]
+    outside = ("rope_type", "rope_theta", "original_max_position_embeddings")  # the rest of config.json gives them
+    missing = [key for key in needed if key not in (*rope, *outside)]
     return f"{kind} without {', '.join(missing)}" if missing else ""
 
 
@@ -158,7 +144,7 @@ def refuse_tokenizer(folder: Path) -> None:
     """Refuse files of a tokenizer that no library reads, or in which no token ends a text."""
     files.refuse_no_tokenizer(folder)
     settings, problem = files.json_or_empty(folder / "tokenizer_config.json"), ""
-    is_plain, ends = settings.get("tokenizer_class") in PLAIN, [settings.get(f"{name}_token", "") for name in END]
+    is_plain, ends = settings.get("tokenizer_class") in PLAIN, [settings.get(name, "") for name in SPECIAL[:2]]
     if is_plain and ends == [None, None] and not (folder / "special_tokens_map.json").is_file():
         raise UserError(f"{folder}: {files.NO_END}")
     if not isinstance(longest := settings.get("model_max_length"), int | float | None):
@@ -172,16 +158,15 @@ def refuse_tokenizer(folder: Path) -> None:
                 problem = f"ValueError: {file.name} has no vocabulary"
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {file.name} is missing or damaged, {error}"
-    end = settings.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
     added = [settings.get("added_tokens_decoder"), files.json_or_empty(folder / "added_tokens.json")]
-    if isinstance(end, str) and end and file.is_file() and "auto_map" not in settings and not problem:
-        # transformers would give it a number of its own, which the model has not learnt and does not stop at; to look
-        # for the word takes a hundredth of the time that it takes to parse a large vocabulary
+    for name in SPECIAL if file.is_file() and "auto_map" not in settings and not problem else ():
+        # transformers would give it a number of its own, which the model has not learnt; to look for the word takes a
+        # hundredth of the time that it takes to parse a large vocabulary
         told = file.read_bytes() + json.dumps(added, ensure_ascii=False).encode()
-        spelt = [json.dumps(end, ensure_ascii=is_ascii).encode() for is_ascii in (False, True)]
-        if b'"vocab"' in told and not any(word in told for word in spelt):
-            problem = f"ValueError: eos_token {end!r} of tokenizer_config.json is not in the vocabulary"
+        own = token.get("content") if isinstance(token := settings.get(name), dict) else token
+        spelt = [json.dumps(own, ensure_ascii=is_ascii).encode() for is_ascii in (False, True)]
+        if own and isinstance(own, str) and b'"vocab"' in told and not any(word in told for word in spelt):
+            problem = f"ValueError: {name} {own!r} of tokenizer_config.json is not in the vocabulary"
     if problem:
         raise UserError(f"{folder}: {files.NO_TOKENIZER.format(problem)}")
 

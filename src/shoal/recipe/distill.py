@@ -14,9 +14,13 @@ from pydantic import BeforeValidator, Field
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Names
 from shoal.recipe.losses import ForwardKL, Losses, LossTerm, asked_sources, needs_teacher, temperatures
-from shoal.recipe.section import AUTO, DataSource, Dtype, Packing, Positive, RowLength, Section, Shapes, Text, listed_as
+from shoal.recipe.section import AUTO, DataSource, Dtype, Place, Positive, RowLength, Section, Shapes, Text, listed_as
 from shoal.recipe.trainer_arguments import DEFAULTS, HALVES
 
+Packing = Literal["wrapped", "bfd"]
+"""wrapped: rows are filled to the last token; a document that does not fit goes on in the next row as one of its own.
+bfd (best fit): documents stay whole, and what is longer than a row is cut off; the rest of a row is padding that is not
+learnt. Unlike in TRL, whose words these are, documents of a row stay apart under both."""
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "norm_and_head"]
 Precision = Literal["auto", "float32", "bf16-mixed", "bf16-true", "fp16-mixed", "fp16-true"]
 
@@ -72,7 +76,7 @@ class Recorded(Section):
     losses' temperature, and the states for hidden_states (two bytes per hidden dimension, token and layer)."""
 
     kind: Annotated[Literal["recorded"], Shapes.TRAINING] = "recorded"
-    path: Annotated[Text | None, Shapes.NOTHING] = None
+    path: Annotated[Place | None, Shapes.NOTHING] = None
     """Folder of the files; several runs can share it. A folder with other files is an error. Default: RUN_DIR/signals,
     replaced if out of date."""
     top_k: Annotated[Positive, Shapes.SIGNALS | Shapes.TRAINING] = 32
@@ -302,6 +306,8 @@ class Distill(Section):
 
 NUM_TOKENS = 200_000
 """Tokens of a training that names none."""
+SMALL = 500_000_000
+"""Parameters below which a model is a demonstration: healed on what is bundled, so that it needs no network."""
 SAMPLES = -1
 """Number among those of sources for what the student writes itself."""
 

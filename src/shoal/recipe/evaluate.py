@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
 from pydantic_core.core_schema import no_info_before_validator_function
 
-from shoal.recipe.section import Data, Positive, Section, Shapes, Text, TextSource, adapter
+from shoal.recipe.section import Data, Place, Positive, Section, Shapes, Text, TextSource, adapter
 from shoal.yaml_text import own_yaml
 
 log = logging.getLogger(__name__)
@@ -82,9 +82,9 @@ class Eval(Limited):
     apply_chat_template: Annotated[bool, Shapes.SCORES | Shapes.IMPORTANCE] = False
     """Ask through the tokenizer's chat template, like lm-eval, also in measure.sweep. Examples become turns. For
     instruction-tuned models."""
-    include_path: Annotated[str | None, Shapes.SCORES | Shapes.IMPORTANCE] = None
+    include_path: Annotated[Place | None, Shapes.SCORES | Shapes.IMPORTANCE] = None
     """Folder with your own task YAML files."""
-    data_dir: Annotated[str | None, Shapes.BY_CONTENT] = None
+    data_dir: Annotated[Place | None, Shapes.BY_CONTENT] = None
     """Folder with one folder per data set, used instead of the Hub."""
     perplexity_data: Annotated[Data, Shapes.PERPLEXITY | Shapes.SCORES] = (TextSource("python_docs_heldout"),)
     """Running text for perplexity. Windows have 512 tokens, or the model's positions if fewer."""

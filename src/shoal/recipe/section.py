@@ -30,8 +30,9 @@ RowLength = Annotated[int, Field(ge=2, description="Tokens of one row, at least 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _path(text: str) -> str:
-    if text.isspace():
+def plain_path(text: str) -> str:
+    """``text``, which names a path as it is."""
+    if not text.strip():
         raise ValueError(f"is blank (got {text!r})")
     if found := re.search(r"\$(\w+|\{\w+\})", text):
         raise ValueError(f"holds {found[0]}, and variables are not expanded in paths; write the path (got {text!r})")
@@ -39,7 +40,7 @@ def _path(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1)]
-Place = Annotated[Text, AfterValidator(_path)]
+Place = Annotated[Text, AfterValidator(plain_path)]
 """A path, or what may stand in place of one."""
 
 
@@ -71,11 +72,6 @@ one_or_more = BeforeValidator(lambda value: [value] if isinstance(value, str) el
 Dtype = Literal["fast", "stored", "float32", "bfloat16", "float16"]
 """Precision of a model that is run: by name, as its checkpoint stores it, or, fast, what the device multiplies fast in
 (see shoal.machine)."""
-
-Packing = Literal["wrapped", "bfd"]
-"""wrapped: rows are filled to the last token; a document that does not fit goes on in the next row as one of its own.
-bfd (best fit): documents stay whole, and what is longer than a row is cut off; the rest of a row is padding that is not
-learnt. Unlike in TRL, whose words these are, documents of a row stay apart under both."""
 
 TOO_LARGE = 2**63
 """What neither numpy nor torch count to."""

@@ -28,7 +28,8 @@ from shoal.data.sources import documents_of as in_memory
 from shoal.data.sources import load_texts, opened, sources_fingerprint, texts_fingerprint
 from shoal.data.streams import Layout, pack, row_texts
 from shoal.errors import UserError
-from shoal.recipe.section import DataSource, Messages, Packing, PromptCompletion
+from shoal.recipe.distill import Packing
+from shoal.recipe.section import DataSource, Messages, PromptCompletion
 
 TEXTS = ["Erste Zeile.\nZweite.", "Ein zweites Dokument mit Ümläuten.", "3"]
 BOS, EOS, PAD = 256, 257, 258
