@@ -190,7 +190,7 @@ def _refuse_other_weights(folder: Path, shards: Iterable[Shard]) -> None:
     if type(told) is int and max(layers, default=-1) >= told and not re.search("nextn|mtp", f"{[*config]}"):
         problem = f"num_hidden_layers: {told}, but the weights have {max(layers) + 1} layers"
         raise UserError(f"{folder}: config.json has {problem}; correct it, or {DOWNLOAD_AGAIN}")
-    is_tied = whole.get(TIED, config.get(TIED))
+    is_tied = whole.get(TIED, config.get(TIED)) is True
     heads = [own for name, own in stored.items() if is_tied and name.endswith("lm_head.weight")]
     tables = [own for name, own in stored.items() if heads and re.search(r"(emb|wte)[^.]*\.weight$", name)]
     alike = [own for own in tables if (own[1].dtype, own[1].shape) == (heads[0][1].dtype, heads[0][1].shape)]
