@@ -7,6 +7,7 @@ that the teacher writes, recording, and loading models and libraries.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.plan import Plan
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
 
 WRITTEN = 4
 """Tokens that are read in the time of one that is written, in batches of 16 on two cores (3.5 measured)."""
+LEAST_ROWS = 16
+"""A step that writes fewer rows takes as long on a CPU, for every weight is read."""
 
 
-def run_seconds(run: Run) -> float:
-    """Seconds of measuring, training, scoring and timing, whatever of it is done.
+def run_seconds(*runs: Run) -> list[float]:
+    """Seconds of measuring, training, scoring and timing of each run, whatever of it is done. A step of all takes as
+    long as one of the first.
 
     Raises:
         UserError: what these stages would refuse; NotEstimated, a family that cannot be told without running it.
@@ -37,10 +41,18 @@ def run_seconds(run: Run) -> float:
     from shoal.train.preflight.memory import job
     from shoal.train.preflight.throughput import step_time
 
-    specs = training_specs(run, expected_plan(run))
-    trainings = [spec.num_steps * step_time(job(spec)).seconds + watch_seconds(run, spec.num_steps) for spec in specs]
+    plan = expected_plan(runs[0])
+    steps = [step_time(job(spec)).seconds for spec in training_specs(runs[0], plan)]
+    return [_seconds(run, training_specs(run, plan), steps) for run in runs]
+
+
+def _seconds(run: Run, specs: Sequence[TrainSpec], steps: Sequence[float]) -> float:
+    """Seconds of ``run``, whose trainings ``specs`` take so many a step."""
+    trained = (
+        spec.num_steps * each + watch_seconds(run, spec.num_steps) for spec, each in zip(specs, steps, strict=True)
+    )
     scores = eval_seconds(run, eval_work(run, run.recipe.eval), 2 + len(specs))
-    return measure_seconds(run) + sum(trainings) + scores + speed_seconds(run)
+    return measure_seconds(run) + sum(trained) + scores + speed_seconds(run)
 
 
 def training_specs(run: Run, plan: Plan) -> list[TrainSpec]:
@@ -80,8 +92,9 @@ def speed_seconds(run: Run) -> float:
     if not (speed := run.recipe.eval.speed):
         return 0.0
     rounds = rounds_of(None if isinstance(speed, bool) else speed, device().type)
-    rows = sum(size * (1 + timed) for size, timed in rounds.items())
-    return 3 * rows * (PROMPT_TOKENS + WRITTEN * NEW_TOKENS) * _token_seconds(run)
+    least = LEAST_ROWS if device().type == "cpu" else 1
+    turns = ((1 + timed, size * PROMPT_TOKENS, max(size, least) * NEW_TOKENS) for size, timed in rounds.items())
+    return 3 * sum(count * (read + WRITTEN * written) for count, read, written in turns) * _token_seconds(run)
 
 
 def eval_work(run: Run, settings: Eval) -> Work:

@@ -11,6 +11,7 @@ import torch
 
 from shoal.data.sources import load_texts
 from shoal.machine import ranks_to_start
+from shoal.progress import doing
 from shoal.recipe.section import as_dict
 
 from .distill import check_distill, distill_is_done
@@ -37,7 +38,8 @@ def run_all(run: Run, launch: Callable[[str, Run], None]) -> None:
                 work(run)
 
     with locked(run):
-        preflight(run)
+        with doing("checking all stages"):
+            preflight(run)
         write_story(run)
         is_measured = importance_of(run).is_done()
     if not is_measured:

@@ -278,8 +278,7 @@ def _size(run: Run, max_minutes: float, begun: dict[str, Any]) -> tuple[float, s
     limit, least = 60 * max_minutes, 2 / SHARES
     try:
         with doing("estimating how long the run takes"):
-            own = [run_seconds(run)]
-            own.append(run_seconds(Run(scaled(run.recipe, least))) if own[0] > limit else 0.0)
+            own = run_seconds(run, Run(scaled(run.recipe, least)))
         seconds, fewest = agreed(lambda: own)
     except NotEstimated as error:
         return 1.0, f"max_minutes has no effect: {error}"

@@ -186,7 +186,7 @@ def takes(monkeypatch: pytest.MonkeyPatch, minutes: float) -> None:
         assert isinstance(limits, dict)
         return 30 * minutes * (run.recipe.distill.budget / 81_920 + (limits["default"] or 0) / 100)
 
-    monkeypatch.setattr(pace, "run_seconds", seconds)
+    monkeypatch.setattr(pace, "run_seconds", lambda *runs: [seconds(run) for run in runs])
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_run_directory_keeps_its_sizes_on_another_machine(
 def test_a_family_whose_time_is_not_known_keeps_its_sizes_and_says_so(
     tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(run: Run) -> float:
+    def refuse(*runs: Run) -> list[float]:
         raise NotEstimated("cannot be run without data")
 
     caplog.set_level(logging.INFO)

@@ -134,7 +134,7 @@ def test_what_starts_ranks_leaves_every_gpu_to_them(
         return subprocess.CompletedProcess(command, 0, stdout=json.dumps(told), stderr="")
 
     gpu = torch.device("cuda")
-    monkeypatch.setattr(pace, "run_seconds", lambda run: machine.flops_per_second(gpu, torch.bfloat16))
+    monkeypatch.setattr(pace, "run_seconds", lambda *runs: [machine.flops_per_second(gpu, torch.bfloat16)] * 2)
     monkeypatch.setattr(cli, "launch_ranks", launch)
     monkeypatch.setattr(machine.subprocess, "run", answers)
     monkeypatch.setattr(machine, "bfloat16_instructions", bfloat16_instructions)
