@@ -119,8 +119,9 @@ def keep_gradient_norm(engine: Any) -> None:
 
 
 def reduce_in_parts(engine: Any) -> None:
-    """Without ZeRO DeepSpeed copies up to 500 million gradients into one buffer before ranks add them up, which on one
-    rank too costs as much memory as all gradients of a small model; here fewer at a time."""
+    """Without ZeRO DeepSpeed copies up to 500 million gradients into one buffer before ranks add them up; here fewer at
+    a time, and on one rank none, as the estimate of memory counts it."""
+    engine.enable_backward_allreduce = engine.dp_world_size > 1 or engine.zero_optimization()
     engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=REDUCED_AT_ONCE)
 
 

@@ -19,7 +19,7 @@ def test_without_zero_no_buffer_holds_all_gradients(monkeypatch: pytest.MonkeyPa
 
     gradients = [torch.ones(size) for size in (50, 4, 4, 4, 4)]
     buffers: list[int] = []
-    engine: Any = SimpleNamespace()
+    engine: Any = SimpleNamespace(dp_world_size=2, zero_optimization=lambda: False)
     engine._get_gradients_for_reduction = lambda: (gradients, {})
     engine._reduce_non_expert_gradients = lambda grads, size: DeepSpeedEngine.allreduce_no_retain(
         engine, grads, None, numel_per_bucket=size
@@ -37,6 +37,14 @@ def test_without_zero_no_buffer_holds_all_gradients(monkeypatch: pytest.MonkeyPa
     sharding.reduce_in_parts(engine)
     engine.allreduce_gradients()
     assert buffers == [50, 12, 4]
+
+
+@pytest.mark.parametrize(("ranks", "zero", "reduces"), [(1, False, False), (1, True, True), (2, False, True)])
+def test_one_rank_without_zero_copies_no_gradients(ranks: int, zero: bool, reduces: bool) -> None:
+    engine: Any = SimpleNamespace(dp_world_size=ranks, zero_optimization=lambda: zero)
+    engine.allreduce_gradients = lambda **_: None
+    sharding.reduce_in_parts(engine)
+    assert engine.enable_backward_allreduce is reduces
 
 
 def test_an_offloaded_head_comes_over_once_for_all_chunks_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
