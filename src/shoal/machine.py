@@ -14,7 +14,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -235,32 +234,18 @@ def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 @cache
 def _product_rate(kind: str, dtype: torch.dtype) -> float:
-    """FLOP/s of matrix products; of one core of a CPU."""
-    size, device = 512 if kind == "cpu" else 4096, torch.device(kind)
-    factor = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / _seconds(lambda: torch.mm(factor, factor), device)
-
-
-@cache
-def memory_rate() -> float:
-    """Bytes per second that a core of the CPU reads and writes."""
-    source = torch.ones(2**20)  # 4 MB: more than a core's own cache
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _seconds(lambda: torch.mul(source, 2.0, out=target), torch.device("cpu"))
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of the fastest of some repetitions, the first of which brings the device to work; on one core of a CPU."""
-    threads, seconds = torch.get_num_threads(), []
+    """FLOP/s of the fastest of some products, the first of which brings the device to work; of one core of a CPU."""
+    size, device, threads = 512 if kind == "cpu" else 4096, torch.device(kind), torch.get_num_threads()
+    factor, seconds = torch.randn(size, size, device=device, dtype=dtype), []
     torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be measured instead
     try:
         for _ in range(16):
             started = now(device)
-            work()
+            torch.mm(factor, factor)
             seconds.append(now(device) - started)
     finally:
         torch.set_num_threads(threads)
-    return min(seconds)
+    return 2 * size**3 / min(seconds)
 
 
 QUESTIONS = {

@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import torch
 
-from shoal.machine import data_sheet, fast_dtype, flops_per_second, memory_rate, num_cores
+from shoal.machine import data_sheet, fast_dtype, flops_per_second, num_cores
 from shoal.runtime import device
 
 from .memory import Job
 
 ASSUMED_SHARE = 0.4
 """Share of the measured rate of matrix products that is assumed without a data sheet."""
-CPU_BYTE = 6.9
-"""Operations with weights for which a core moves a byte, beside the products: in training and scoring a model of 135
-million weights, alike with AVX2, AVX-512 and AMX."""
+CORE_RATE = 2e11
+"""Operations with weights per second of a core if products took no time: what is left is element by element, and bound
+by memory. Measured in training and scoring a model of 135 million weights, alike with AVX2, AVX-512 and AMX."""
 PRODUCT_SHARE, MEMORY_SHARE, LINK_SHARE = 0.6, 0.79, 0.8
 """Shares of a data sheet's rates that large products, element-wise kernels and collectives reach."""
 ATTENTION_SHARES = {"flash": (0.35, 0.3), "sdpa": (0.1, 0.06), "eager": (0.05, 0.04)}
@@ -124,7 +124,7 @@ def assumed_rate(device: torch.device, dtype: torch.dtype) -> float:
     products = flops_per_second(device, dtype)
     if device.type != "cpu":
         return ASSUMED_SHARE * products
-    return 1 / (1 / products + 1 / (CPU_BYTE * num_cores() * memory_rate()))
+    return 1 / (1 / products + 1 / (CORE_RATE * num_cores()))
 
 
 def machine_rate(ranks: int) -> float:

@@ -111,7 +111,7 @@ def test_the_time_of_a_run_is_that_of_its_operations(make_run: Any, monkeypatch:
     """Beside an independent count: a training of all layers goes once through the teacher and three times through the
     student, and attention over so few tokens is nearly nothing."""
     monkeypatch.setattr(throughput, "flops_per_second", lambda *_: 1e9)
-    monkeypatch.setattr(throughput, "memory_rate", lambda: 1e9 / throughput.CPU_BYTE / throughput.num_cores())
+    monkeypatch.setattr(throughput, "CORE_RATE", 1e9 / throughput.num_cores())
     distill = {"trainable": "layers", "batch_size": 2, "watch": {"perplexity_tokens": 64, "eval_steps": 1}}
     run = make_run(prune={"num_drop": None, "drop": [1, 3]}, distill=distill, eval={"speed": [2, 1]})
     work, config = pace.eval_work(run, run.recipe.eval), run.config()
