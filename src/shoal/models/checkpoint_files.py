@@ -262,9 +262,9 @@ def check_config(folder: Path) -> None:
     if classes and classes[0].endswith(NO_DECODERS):
         raise UserError(f"{folder}: {classes[0]} {NOT_CAUSAL}")
     how, methods = config.get("quantization_config"), names("transformers", *METHODS)
-    is_named = isinstance(how, dict) and not any(key.startswith("load_in") for key in how)
-    if is_named and methods and how.get("quant_method") not in methods:  # which would be passed over
-        told = f"quant_method {how.get('quant_method')!r} is unknown to this version of transformers"
+    named = how if isinstance(how, dict) and not any(key.startswith("load_in") for key in how) else None
+    if named is not None and methods and named.get("quant_method") not in methods:  # which would be passed over
+        told = f"quant_method {named.get('quant_method')!r} is unknown to this version of transformers"
         raise UserError(f"{folder}: {told}; correct it in config.json, or upgrade transformers")
 
 
