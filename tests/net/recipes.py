@@ -35,7 +35,7 @@ GENERAL_METRICS = [
 PAPER_METRICS = ["present_absent", "local_shapley"]
 DIVERGENCES = [
     *("reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl"),
-    *("taid", "total_variation", "cross_entropy"),
+    *("taid", "cross_entropy"),
 ]
 SAVING = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
 CHAT = {"path": "chat.jsonl", "weight": 0.5}

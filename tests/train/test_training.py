@@ -57,7 +57,6 @@ LOGIT_LOSSES: list[dict[str, Any]] = [
     {"kind": "jsd", "weight": 0.3, "beta": 0.3},
     {"kind": "skewed_forward_kl", "weight": 0.2},
     {"kind": "skewed_reverse_kl", "weight": 0.2},
-    {"kind": "total_variation", "weight": 0.1},
     {"kind": "cross_entropy", "weight": 0.1},
 ]
 ALL_LOSSES = [

@@ -121,12 +121,6 @@ def taid(p: Softmax, q: Softmax, *, share: float | Tensor) -> Values:
     return forward_kl(softened(torch.lerp(q.log_NV, p.log_NV, share), 1.0), q)
 
 
-def total_variation(p: Softmax, q: Softmax) -> Values:
-    """Half the sum of |p - q|."""
-    difference_NV = q.prob_NV - p.prob_NV
-    return Values(0.5 * difference_NV.abs().sum(-1), _through_softmax(0.5 * difference_NV.sign() * q.prob_NV, q))
-
-
 def cross_entropy(q: Softmax, labels_N: Tensor) -> Values:
     """-log q(label): learning from the text itself."""
     label_N1 = labels_N[:, None]
@@ -168,8 +162,6 @@ def token_losses(
             return adaptive_kl(p, q, head_mass=term.head_mass)
         case losses.TAID():
             return taid(p, q, share=share)
-        case losses.TotalVariation():
-            return total_variation(p, q)
 
 
 TAID_MOMENTUM, TAID_STEP = 0.99, 5e-4

@@ -105,13 +105,6 @@ class TAID(Divergence):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TotalVariation(Divergence):
-    """Half the sum of |p - q|, between 0 and 1. It is scaled by the squared temperature like the other losses."""
-
-    kind: Literal["total_variation"] = "total_variation"
-
-
-@dataclass(frozen=True, kw_only=True)
 class CrossEntropy(Section):
     """-log q(label): learn from the text itself, without the teacher."""
 
@@ -145,9 +138,7 @@ class HiddenStates(Section):
             )
 
 
-LogitTerm = (
-    ForwardKL | ReverseKL | JSD | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TAID | TotalVariation | CrossEntropy
-)
+LogitTerm = ForwardKL | ReverseKL | JSD | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TAID | CrossEntropy
 LossTerm = Annotated[LogitTerm | HiddenStates, Field(discriminator="kind")]
 
 Losses = Annotated[tuple[LossTerm, ...], listed_as("kind"), Field(min_length=1)]

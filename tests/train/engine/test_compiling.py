@@ -30,7 +30,6 @@ from shoal.recipe.losses import (
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
-    TotalVariation,
 )
 from shoal.train.engine import kernels
 from shoal.train.engine.kernels import Compiled
@@ -46,7 +45,6 @@ DENSE: tuple[LogitTerm, ...] = (
     JSD(weight=0.3),
     SkewedForwardKL(weight=0.2),
     SkewedReverseKL(weight=0.2),
-    TotalVariation(weight=0.1),
     TAID(weight=0.1),
     CrossEntropy(weight=0.1),
 )

@@ -21,7 +21,6 @@ from shoal.recipe.losses import (
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
-    TotalVariation,
 )
 from shoal.train.objective import chunked_loss as head_module
 from shoal.train.objective.chunked_loss import Dense, TermInput, TopK, chunked_head_loss
@@ -33,7 +32,6 @@ TERMS = (ForwardKL(weight=0.7, temperature=2.0), CrossEntropy(weight=0.3), JSD(w
 SHARES = (1.0, 1.0, 1.0, 0.6)
 INPUTS = tuple(TermInput(share) for share in SHARES)
 COARSE: list[LogitTerm] = [ForwardKL(), ReverseKL(), JSD(beta=0.3), SkewedForwardKL(), SkewedReverseKL()]
-COARSE += [TotalVariation()]
 
 
 def kind(term: LogitTerm) -> str:

@@ -20,7 +20,6 @@ from shoal.recipe.losses import (
     ReverseKL,
     SkewedForwardKL,
     SkewedReverseKL,
-    TotalVariation,
 )
 from shoal.train.objective import divergences
 from shoal.train.objective.divergences import TaidState, head_share, softened, temperature_of, token_losses
@@ -41,7 +40,6 @@ TERMS: list[LogitTerm] = [
     AdaptiveKL(),
     AdaptiveKL(head_mass=0.9),
     TAID(),
-    TotalVariation(),
     CrossEntropy(),
 ]
 DIVERGENCES = [term for term in TERMS if not isinstance(term, CrossEntropy)]
@@ -82,8 +80,6 @@ def reference(term: LogitTerm, z_q: Tensor, z_p: Tensor, label: int) -> Tensor:
         case TAID():
             target = torch.softmax(((1 - SHARE) * z_q.detach() + SHARE * z_p) / term.temperature, 0)
             value = kl(target, q)
-        case TotalVariation():
-            value = 0.5 * (p - q).abs().sum()
     return value * term.temperature**2
 
 
@@ -166,7 +162,7 @@ def test_half_precision_logits_are_taken_to_fp32_first() -> None:
 
 def test_bounded_divergences_keep_their_bounds() -> None:
     teacher, student = logits(9, 23, 60.0), logits(10, 23, 60.0)
-    bounds = [(TotalVariation(), 1.0), (JSD(), math.log(2))]
+    bounds = [(JSD(), math.log(2))]
     bounds += [(kind(alpha=a), -math.log(a)) for kind in (SkewedForwardKL, SkewedReverseKL) for a in (0.1, 0.5, 0.9)]
     for term, bound in bounds:
         values, _ = found(term, student, teacher)
