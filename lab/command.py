@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +14,38 @@ from shoal.recipe.asked import ALLOW
 from shoal.recipe.messages import checked
 from shoal.recipe.recipe import apply_override, read_settings, settled
 from shoal.recipe.remembered import remembering
+from shoal.recipe.section import Section
 
-from .settings import SETTINGS
+from .settings import DepthUse, Diagnostics, Heads, Patching, Reading, Sweeps
 
-PARTS: dict[str, str] = {
-    "depth_use": "ablation of the layers of teacher, pruned and distilled model on the same tasks, compared",
-    "diagnostics": "which layers write, erase and decide: residual flow, logit lens, effects of skipped layers",
-    "heads": "which heads copy what is asked for, and the layers that prune.protect should name",
-    "patching": "through which states an answer reaches the last token, by patching activations",
-    "reading": "what a layer does for other tokens of the prompt, and what where an answer is predicted",
-    "sweeps": "tasks without single heads or key-value groups, with ever fewer layers, with a donor's layers",
+PARTS: dict[str, tuple[type[Section], str]] = {
+    "depth_use": (
+        DepthUse,
+        "ablation of the layers of teacher, pruned and distilled model on the same tasks, compared",
+    ),
+    "diagnostics": (
+        Diagnostics,
+        "which layers write, erase and decide: residual flow, logit lens, effects of skipped layers",
+    ),
+    "heads": (Heads, "which heads copy what is asked for, and the layers that prune.protect should name"),
+    "patching": (Patching, "through which states an answer reaches the last token, by patching activations"),
+    "reading": (Reading, "what a layer does for other tokens of the prompt, and what where an answer is predicted"),
+    "sweeps": (Sweeps, "tasks without single heads or key-value groups, with ever fewer layers, with a donor's layers"),
 }
-"""Name of every part, which is also its module here -> what it says, in a line."""
+"""Name of every part, which is also its module here -> its keys, and what it says, in a line."""
 
 
-def command(asked: argparse.Namespace) -> str:
-    """What `shoal lab` prints."""
-    return lab(asked.words)
-
-
-def lab(words: Sequence[str]) -> str:
-    """Run the part that the first of ``words`` names on the run that the second names; the rest are its settings, as
-    key=value. Returns what is to be printed; without words a list of the parts.
+def lab(asked: argparse.Namespace) -> str:
+    """Run the part that the first of ``asked.words`` names on the run that the second names; the rest are its settings,
+    as key=value. Returns what is to be printed; without words a list of the parts.
 
     Raises:
         UserError: no such part, no run, or settings that the part does not take.
     """
-    if not words:
+    if not asked.words:
         width = max(map(len, PARTS))
-        return "\n".join(f"shoal lab {name:{width}}  {about}" for name, about in PARTS.items())
-    name, *rest = words
+        return "\n".join(f"shoal lab {name:{width}}  {about}" for name, (_, about) in PARTS.items())
+    name, *rest = asked.words
     if name not in PARTS:
         raise UserError(f"shoal lab {name}: there is no such part; there are {', '.join(PARTS)}")
     if not rest or "=" in rest[0]:
@@ -57,7 +58,7 @@ def lab(words: Sequence[str]) -> str:
     said: dict[str, Any] = {}
     for override in rest[1:]:
         apply_override(said, override)
-    settings: Any = checked(SETTINGS[name], said, source=f"shoal lab {name}", overrides=rest[1:])
+    settings: Any = checked(PARTS[name][0], said, source=f"shoal lab {name}", overrides=rest[1:])
     for model in filter(None, (getattr(settings, key, None) for key in ("donor", "beside"))):
         refuse_model("lab", recipe, model, getattr(settings, "donor_revision", None))
     if name in ("depth_use", "sweeps") and recipe.measure.sweep is None:

@@ -69,14 +69,3 @@ class Sweeps(Section):
     def __post_init__(self) -> None:
         if ("donor" in self.operators) != (self.donor is not None):
             raise ValueError("the operator donor needs a donor, and a donor the operator; give both or none")
-
-
-SETTINGS: dict[str, type[Section]] = {
-    "depth_use": DepthUse,
-    "diagnostics": Diagnostics,
-    "heads": Heads,
-    "patching": Patching,
-    "reading": Reading,
-    "sweeps": Sweeps,
-}
-"""Name of a part -> its keys."""

@@ -202,10 +202,7 @@ def _parser(with_keys: Container[str | None] = ()) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         loudness = sub.add_mutually_exclusive_group()
-        for option, said in (
-            ("quiet", "print only results, warnings and errors"),
-            ("verbose", "also print the logs of libraries and of all ranks, and the place of an error"),
-        ):
+        for option, said in _TAKEN["loudness"].items():
             loudness.add_argument(
                 f"--{option}", dest="loudness", action="store_const", const=option, default="usual", help=said
             )

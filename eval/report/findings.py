@@ -34,14 +34,14 @@ from shoal.stats.paired import (
 from ..harness.rates import CALIBRATION_ERROR, NAMES, rate, rate_difference
 from .run import Run, read_run
 
-PAIRS = (
-    ("teacher", "pruned"),
-    ("pruned", "distilled"),
-    ("teacher", "distilled"),
-    ("teacher", "control"),
-    ("control", "distilled"),
-)
-"""(before, after) of the roles that are compared. The control is the teacher, trained as the student was."""
+PAIRS = {
+    ("teacher", "pruned"): "Lost by pruning: pruned minus teacher",
+    ("pruned", "distilled"): "Recovered by distillation: distilled minus pruned",
+    ("teacher", "distilled"): "Against the teacher: distilled minus teacher",
+    ("teacher", "control"): "Learnt from the text: control (the teacher after the same training) minus teacher",
+    ("control", "distilled"): "Still lost: distilled minus control",
+}
+"""(before, after) of roles that are compared -> caption of their table. The control is trained as the student is."""
 SIGNAL_SIGMAS = 3.0
 """A task on which the teacher is not this many standard errors above chance cannot show what was lost."""
 FEW_ITEMS_MEAN = "the intervals are wide and contain the true value in 92 to 100 % of cases, not in 95 %"

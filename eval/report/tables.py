@@ -15,7 +15,7 @@ from shoal.task_words import PROTOCOLS
 
 from ..harness.rates import CALIBRATION_ERROR, OVERCONFIDENCE
 from . import wording
-from .findings import SIGNAL_SIGMAS, Comparison, Row, flipped, is_share, protocol_gaps, shares_items, writing
+from .findings import PAIRS, SIGNAL_SIGMAS, Comparison, Row, flipped, is_share, protocol_gaps, shares_items, writing
 from .page import DASH, Table
 from .run import Run
 
@@ -29,14 +29,6 @@ RATES = {
 }
 """Rate -> its label."""
 VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse"}
-DIFFERENCES = {
-    ("teacher", "pruned"): "Lost by pruning: pruned minus teacher",
-    ("pruned", "distilled"): "Recovered by distillation: distilled minus pruned",
-    ("teacher", "distilled"): "Against the teacher: distilled minus teacher",
-    ("teacher", "control"): "Learnt from the text: control (the teacher after the same training) minus teacher",
-    ("control", "distilled"): "Still lost: distilled minus control",
-}
-"""(before, after) -> caption of the table of their differences."""
 CHANGED_SIDES = (
     ("pruned", "distilled", "recovered by distillation", "lost by distillation"),
     ("teacher", "pruned", "right only after pruning", "lost by pruning"),
@@ -90,7 +82,7 @@ def score_table(run: Run, rows: Sequence[Row]) -> Table:
     )
 
 
-def difference_tables(rows: Sequence[Row], pairs: Iterable[tuple[str, str]] = DIFFERENCES) -> list[Table]:
+def difference_tables(rows: Sequence[Row], pairs: Iterable[tuple[str, str]] = PAIRS) -> list[Table]:
     """Paired differences between two roles each."""
     return [_difference_table(rows, *pair) for pair in pairs if any(pair in row.differences for row in rows)]
 
@@ -106,7 +98,7 @@ def _difference_table(rows: Sequence[Row], before: str, after: str) -> Table:
         body.append((*cells, f"{change.won} / {change.lost}"))
     columns = ("Task", "Difference", "Verdict", "p", "p (Holm)", "Items won / lost")
     titles = tuple(wording.identifier_text(row.any_score) for row in shown)
-    return Table(DIFFERENCES[before, after], columns, tuple(body), frozenset({0, 2}), row_titles=titles)
+    return Table(PAIRS[before, after], columns, tuple(body), frozenset({0, 2}), row_titles=titles)
 
 
 def form_table(comparison: Comparison) -> Table | None:

@@ -5,23 +5,15 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from shoal.yaml_text import own_yaml
+
 Column = Literal["in", "reworded", "out", "public"]
 """How items relate to training text: `in` = in a wording that it may have, `reworded` = the same items in a
 wording that it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
-PROTOCOLS = {
-    "loglikelihood": "lettered options",
-    "continuation": "option text",
-    "generation": "generated",
-    "worked": "worked answers",
-    "rolling": "running text",
-}
+_WORDS = own_yaml(__file__)
+PROTOCOLS: dict[str, str] = _WORDS["protocols"]
 """Protocol -> its words for a reader."""
-COLUMNS = {
-    "reworded": "reworded questions",
-    "out": "untrained abilities",
-    "public": "public benchmarks",
-    "in": "trained wording",
-}
+COLUMNS: dict[str, str] = _WORDS["columns"]
 """Column -> its words, in the order in which they stand beside each other; see TaskScore.column."""
 OUTSIDE = ("reworded", "out", "public")
 """Columns outside the trained wording."""

@@ -6,6 +6,7 @@ Covers: shoal.lab.sweeps.
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,8 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance, Removal
 from shoal.components import Component
 from shoal.errors import UserError
+from shoal.lab import command, sweeps
 from shoal.lab import heads as heads_part
-from shoal.lab import sweeps
-from shoal.lab.command import lab
 from shoal.launch.verbs.measure import measure
 from shoal.launch.verbs.prune import prune
 from shoal.launch.verbs.run import open_run
@@ -35,6 +35,10 @@ def recipe(tmp_path: Path) -> str:
     raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": measure, "prune": {"drop": [2]}}
     (tmp_path / "my.yaml").write_text(json.dumps(raw))
     return str(tmp_path / "my.yaml")
+
+
+def lab(words: list[str]) -> str:
+    return command.lab(Namespace(words=words))
 
 
 def test_heads_say_which_layers_to_protect_and_are_scored_once(

