@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.launch.verbs.early import refuse_early, refuse_model
+from shoal.launch.early import refuse_early
+from shoal.launch.early.model_files import refuse_model
 from shoal.progress import loading
 from shoal.recipe.asked import ALLOW
 from shoal.recipe.messages import checked

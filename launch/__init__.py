@@ -13,6 +13,7 @@ distill.py, measure.py, eval.py and record.py are scripts as well: `deepspeed la
 Folders:
 
     api        what `import shoal` offers, for models in memory
+    early      what is refused before libraries are loaded
     help       the recipe's keys explained, what it can name, a first recipe
     verbs      the verbs of the command, each in its run directory
 """

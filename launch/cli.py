@@ -95,7 +95,7 @@ def run_verb(
     from shoal.recipe.recipe import read_settings, settled  # not for --help and --version
     from shoal.recipe.remembered import remembering
 
-    from .verbs.early import refuse_early
+    from .early import refuse_early
 
     ranks.VOICE.events = as_json
 
@@ -133,7 +133,7 @@ def run_verb(
 def _told(asked: argparse.Namespace) -> Any:
     """What a verb says that reads no recipe: text, or what is to be JSON."""
     if asked.verb == "init":
-        from .verbs.early import init_file
+        from .early.asked import init_file
 
         asked.out = init_file(asked)
     elif asked.verb == "doctor" and Path(asked.run_dir).expanduser().is_file():

@@ -28,8 +28,8 @@ from shoal.models.load import load_model
 from shoal.recipe.recipe import of_arguments, parse_recipe, read_settings, settled
 from shoal.recipe.remembered import remembering
 
+from ..early import refuse_early
 from ..verbs import run as verbs
-from ..verbs.early import refuse_early
 from ..verbs.launch import LaunchEnded, launch_ranks, seeing
 from ..verbs.pipeline import run_all
 

@@ -1,6 +1,5 @@
 """The verbs of the command, each in its run directory.
 
-early     what is refused before libraries are loaded
 run       one recipe in its run directory: precision, done, stale, locked
 measure   measure
 prune     which layers go, prune, what no measurement could make possible

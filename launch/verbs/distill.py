@@ -32,7 +32,7 @@ from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, everyone_sees, free_memory, seed_everything
 from shoal.tracking import wandb_run
 
-from .early import student_missing
+from ..early.run_directory import student_missing
 from .overlap import search_of_rows
 from .prune import expected_plan, read_goals, read_plan
 from .run import Run, check_length

@@ -27,8 +27,8 @@ from shoal.recipe.recipe import Recipe, load_recipe
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, barrier, environment, free_memory, seed_everything
 
+from ..early.run_directory import require_model_of
 from .distill import trainings
-from .early import require_model_of
 from .launch import seeing
 from .prune import read_plan
 from .run import Run, locked, open_run, resolved, write_story

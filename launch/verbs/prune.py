@@ -24,7 +24,7 @@ from shoal.recipe.prune import CutThese, Width
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, barrier, everyone_sees
 
-from .early import require_student_of
+from ..early.run_directory import require_student_of
 from .measure import importance_of, measure
 from .overlap import search_of_rows
 from .run import Run, check_length

@@ -17,7 +17,7 @@ from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.progress import doing
 
-from .early import require_distilled
+from ..early.run_directory import require_distilled
 from .evaluate import eval_inputs, require_models_of_this_run, roles, scores_of
 from .measure import importance_of
 from .run import Run, write_story

@@ -28,7 +28,10 @@ from shoal.recipe.recipe import load_recipe
 from shoal.redaction import redacted_arguments
 from shoal.yaml_text import read_yaml
 
-from .early import out_path, refuse_early, refuse_model, require_folder
+from ..early import refuse_early
+from ..early.asked import out_path
+from ..early.model_files import refuse_model
+from ..early.run_directory import require_folder
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """The command line: what it accepts, and how it says no: one message, exit code 2, no traceback.
 
-Covers: shoal.errors, shoal.launch.arguments, shoal.launch.help.options, shoal.launch.verbs.early,
-shoal.launch.verbs.results, shoal.recipe.keys.
+Covers: shoal.errors, shoal.launch.arguments, shoal.launch.early.asked, shoal.launch.early.model_files,
+shoal.launch.early.run_directory, shoal.launch.early.settings, shoal.launch.help.options, shoal.launch.verbs.results,
+shoal.recipe.keys.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ import shoal
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.importance import Importance
 from shoal.launch.api import running
+from shoal.launch.early import refuse_early
 from shoal.launch.verbs.dry_run import dry_run
-from shoal.launch.verbs.early import refuse_early
 from shoal.launch.verbs.pipeline import preflight
 from shoal.launch.verbs.run import Run, open_run
 from shoal.recipe.recipe import parse_recipe

@@ -17,9 +17,9 @@ from training_runs import Trial, finished, run
 import shoal
 from shoal import machine
 from shoal.errors import UserError
-from shoal.launch import cli
+from shoal.launch import cli, early
 from shoal.launch.api import running
-from shoal.launch.verbs import early, pace
+from shoal.launch.verbs import pace
 from shoal.launch.verbs import run as verbs
 from shoal.launch.verbs.launch import LaunchEnded, rank_environment
 from shoal.machine import bfloat16_instructions

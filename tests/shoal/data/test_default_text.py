@@ -23,7 +23,7 @@ from shoal.data.default_text import (
 )
 from shoal.data.sources import documents
 from shoal.errors import UserError
-from shoal.launch.verbs.early import refuse_early
+from shoal.launch.early import refuse_early
 from shoal.launch.verbs.run import locked, open_run
 from shoal.models.load import num_parameters, without_data
 from shoal.models.resolve import find_config

@@ -12,7 +12,7 @@ from vllm_stand_in import LLM, install
 
 from shoal.errors import UserError
 from shoal.inference.vllm import check_vllm
-from shoal.launch.verbs.early import refuse_early
+from shoal.launch.early import refuse_early
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Generate, TrainingSource
 from shoal.recipe.recipe import parse_recipe

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from shoal.errors import UserError
+from shoal.launch import early
 from shoal.launch.cli import _main
-from shoal.launch.verbs import early, prune, report
+from shoal.launch.verbs import prune, report
 from shoal.launch.verbs.run import Run
 from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import read_settings
