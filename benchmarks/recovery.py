@@ -5,10 +5,10 @@
 
 recovery.yaml beside this file says what models, texts and arms are. Every arm is the quickstart's recipe with other
 text, losses or trained weights, run by `shoal distill` on the same cut; the intact and the cut model are scored first.
-OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items) and table.csv: scores, per character
-where lm-eval has them so, the share kept of the teacher's distance to chance and its mean over the tasks of a column,
-with 95 % intervals, and how far that mean is from the arm `default` at the same tokens and seed; tokens, seconds,
-command, commit and processor. Rows `ARM-TOKENS-all` score every item as its mean over the seeds. For equal time give
+OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items; answers.csv: which are right) and
+table.csv: scores, per character where lm-eval has them so, the share kept of the teacher's distance to chance and its
+mean over the tasks of a column, with 95 % intervals, and how far that mean is from the arm `default` at the same tokens
+and seed; tokens, seconds, command, commit and processor. Rows `ARM-TOKENS-all` score every item as its mean over the seeds. For equal time give
 --tokens by processor_seconds. kl_TEXT is the KL divergence from the teacher, in nats per token, on documents from
 which no arm learns: arms are chosen by it (--choose computes nothing else), never by a benchmark.
 
@@ -246,10 +246,25 @@ def write_table(asked: argparse.Namespace) -> None:
         # the first row of a model has no task
         for row in chain([{}], *(rows_of(c, [t for t in tasks if t in own], of_names, name) for c, tasks in columns))
     ]
-    with (asked.out / "table.csv").open("w", newline="") as file:
+    write_rows(asked.out / "table.csv", rows)
+    write_rows(asked.out / "answers.csv", [*answers(of_names)])
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file, whose shares and seconds have four digits behind the point."""
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*dict.fromkeys(chain(*rows))])
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({key: round(own, 4) if isinstance(own, float) else own for key, own in row.items()})
+
+
+def answers(of_names: Mapping[str, Mapping[str, TaskScore]]) -> Iterator[dict[str, Any]]:
+    """What each model answered in each task: a digit per item, 1 where it is right, in the order of the data set."""
+    for name, tasks in of_names.items():
+        for task, own in sorted(tasks.items()):
+            if {item.score for item in own.items} <= {0.0, 1.0}:  # nats are no answers, nor are means over seeds
+                yield {"name": name, "task": task, "answers": "".join(f"{item.score:.0f}" for item in own.items)}
 
 
 def over_seeds(runs: Sequence[Mapping[str, TaskScore]]) -> dict[str, TaskScore]:

@@ -47,6 +47,9 @@ def test_a_mean_over_seeds_scores_every_item_as_their_mean_and_a_run_changes_by_
     assert (same["change"], same["kept"]) == (0, pytest.approx(1 / 3))
     assert none["kept"] == pytest.approx(0.5)
     assert "change" not in none, "there is no default over seeds"
+    told = {(row["name"], row["task"]): row["answers"] for row in recovery.answers(of_names)}
+    assert [*map(int, told["arm-9-0", "a"])] == [item.score for item in of_names["arm-9-0"]["a"].items]
+    assert ("arm-9-all", "a") not in told, "a mean over seeds is no answer"
 
 
 def test_arms_are_chosen_by_documents_that_none_learns_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,21 +71,21 @@ def test_arms_are_chosen_by_documents_that_none_learns_from(tmp_path: Path, monk
 def test_the_command_heals_scores_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_checkpoint(tmp_path, "llama")
     monkeypatch.setitem(recovery.SAID["models"], "tiny", {"model": str(teacher), "drop": [1], "tasks": TASKS})
-    words = [str(tmp_path / "out"), "--model", "tiny", "--seeds", "0", "--tokens", "4096", "--limit", "8", "--arms"]
+    words = [str(tmp_path / "out"), "--model", "tiny", "--seeds", "0", "--tokens", "16384", "--limit", "8", "--arms"]
     phases = [{"share": 0.5, "trainable": "all"}, {"share": 0.5}]
     monkeypatch.setitem(recovery.SAID["arms"], "two", {"data": {"instructions": 1}, "phases": phases})
     monkeypatch.setitem(recovery.SAID["arms"], "other", {"with": "trl", "data": {"instructions": 1}})
     recovery.main([*words, "two", "other"])
     out = tmp_path / "out" / "tiny"
     rows = list(csv.DictReader((out / "table.csv").open()))
-    assert {row["name"] for row in rows} == {"teacher", "cut", "two-4096-0", "other-4096-0"}
-    healed = [row for row in rows if row["name"].endswith("-4096-0")]
-    assert {(row["tokens"], row["steps"]) for row in healed} == {("4096", "4")}
+    assert {row["name"] for row in rows} == {"teacher", "cut", "two-16384-0", "other-16384-0"}
+    healed = [row for row in rows if row["name"].endswith("-16384-0")]
+    assert {(row["tokens"], row["steps"]) for row in healed} == {("16384", "16")}
     assert all(float(row["processor_seconds"]) > 1 for row in healed)
-    second = out / "runs" / "two-4096-0" / "phase1"
+    second = out / "runs" / "two-16384-0" / "phase1"
     assert (second / "student").resolve() == second.with_name("phase0") / "distilled"
-    shutil.rmtree(out / "scores" / "two-4096-0")
+    shutil.rmtree(out / "scores" / "two-16384-0")
     before = second.joinpath("distill.json").read_bytes()
     recovery.main([*words, "two"])
     assert second.joinpath("distill.json").read_bytes() == before, "what is trained is not trained again"
-    assert (out / "scores" / "two-4096-0" / f"{TASKS['reworded'][0]}.items.jsonl").is_file()
+    assert (out / "scores" / "two-16384-0" / f"{TASKS['reworded'][0]}.items.jsonl").is_file()
