@@ -7,10 +7,11 @@ recovery.yaml beside this file says what models, texts and arms are. Every arm i
 text, losses or trained weights, run by `shoal distill` on the same cut; the intact and the cut model are scored first.
 OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items; answers.csv: which are right) and
 table.csv: scores, per character where lm-eval has them so, the share kept of the teacher's distance to chance and its
-mean over the tasks of a column, with 95 % intervals, and how far that mean is from the arm `default` at the same tokens
-and seed; tokens, seconds, command, commit and processor. Rows `ARM-TOKENS-all` score every item as its mean over the seeds. For equal time give
---tokens by processor_seconds. kl_TEXT is the KL divergence from the teacher, in nats per token, on documents from
-which no arm learns: arms are chosen by it (--choose computes nothing else), never by a benchmark.
+mean over the tasks of a column, with 95 % intervals, and how far that mean is from the arm `default` at the same
+tokens and seed; tokens, seconds, command, commit and processor. Rows `ARM-TOKENS-all` score every item as its mean
+over the seeds. For equal time give --tokens by processor_seconds. kl_TEXT is the KL divergence from the teacher, in
+nats per token, on documents from which no arm learns: arms are chosen by it (--choose computes nothing else), never by
+a benchmark.
 
 What is there is not done again, so the same command goes on after a stop, and a training from its last checkpoint.
 --data-dir is a folder of data sets as eval.data_dir takes it, with the texts of recovery.yaml; without it all comes
