@@ -33,10 +33,7 @@ GENERAL_METRICS = [
     *("taylor", "taylor_plus", "single_drop_perplexity", "sleb", "blockpruner"),
 ]
 PAPER_METRICS = ["present_absent", "local_shapley"]
-DIVERGENCES = [
-    *("reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl"),
-    *("taid", "cross_entropy"),
-]
+DIVERGENCES = [*("reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"), *("taid", "cross_entropy")]
 SAVING = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
 CHAT = {"path": "chat.jsonl", "weight": 0.5}
 SAMPLES = {"share": 1.0, "start": 0.0, "prompt_tokens": 8, "max_new_tokens": 12}

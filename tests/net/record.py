@@ -26,6 +26,7 @@ from safetensors import safe_open  # noqa: E402
 from tiny import tiny_checkpoint  # noqa: E402
 from training_runs import terminate  # noqa: E402
 
+from tests.net.compare import portable  # noqa: E402
 from tests.net.recipes import CASES, COMMON, Case  # noqa: E402
 
 SPEED = ("seconds", "per_s", "peak", "epoch", "memory")
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = options.only.split(",") if options.only else [*CASES, "python"]
     with tempfile.TemporaryDirectory() as folder:
         found = record(names, Path(folder))
+    found = portable(found) if options.portable else found
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entries)}" for name, entries in found.items())
     options.out.write_text(f"{{\n{lines}\n}}\n")
 

@@ -1,7 +1,6 @@
 """What computes on a GPU mixes no devices there and gives what a CPU gives: shown on a GPU of paper.
 
 Out of its reach:
-- `adaptive_kl`, which asks the device how many words a head holds;
 - fixed rows and CUDA graphs, which want a stream: tests/shoal/inference/test_fixed_rows.py replays recorded operations;
 - flash, varlen, Liger and 4-bit weights, whose kernels refuse host memory;
 - torch.compile, which writes code for the device that tensors have;
@@ -204,7 +203,7 @@ def test_a_stage_gives_what_it_gives_on_a_cpu_and_waits_no_more_than_it_may(
 TRAININGS: dict[str, dict[str, Any]] = {
     "forward_kl": {"losses": "forward_kl"},
     "checkpointing": {"losses": "forward_kl"},
-    "all terms": {"losses": [{"kind": kind} for kind in KINDS if kind != "adaptive_kl"]},
+    "all terms": {"losses": [{"kind": kind} for kind in KINDS]},
     "shared prefix": {"losses": "forward_kl", "trainable": "from_first_cut"},
     "near gaps": {"losses": "forward_kl", "trainable": "near_gaps"},
     "cross_entropy": {"losses": "cross_entropy"},

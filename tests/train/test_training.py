@@ -61,7 +61,6 @@ LOGIT_LOSSES: list[dict[str, Any]] = [
 ]
 ALL_LOSSES = [
     *LOGIT_LOSSES,
-    {"kind": "adaptive_kl", "weight": 0.4},
     {"kind": "taid", "weight": 0.5},
     {"kind": "hidden_states", "weight": 0.5},
     {"kind": "hidden_states", "weight": 0.3, "map": "own", "distance": "cosine"},
@@ -391,7 +390,7 @@ def test_recorded_signals_give_the_curves_of_the_live_teacher(live, teacher, cut
     )
     recorded = finished(run(path, ranks=ranks))
     assert re.search(r"record: \d+ rows in", recorded.log)
-    names = [name for name in NAMES if name not in ("adaptive_kl", "taid")]
+    names = [name for name in NAMES if name != "taid"]
     assert recorded.training.settings["shared_layers"] == live.training.settings["shared_layers"] == 2
     for name in names:
         # 0.0008 (KL + sqrt(2 KL)) of 16 bits, here at temperature 2, and bfloat16 states

@@ -315,11 +315,6 @@ def _sum(block: _Block, members: Sequence[int], p: Softmax | None, q: Softmax, t
     return total
 
 
-def compiles(terms: Sequence[losses.LossTerm]) -> bool:
-    """Whether the loss of these terms at the head can be one compiled region: adaptive KL sorts until it has enough."""
-    return not any(isinstance(term, losses.AdaptiveKL) for term in terms)
-
-
 def _of_any_length(*values: Any) -> None:
     """Let one graph serve these tensors, and those in lists, whatever their number of rows."""
     for value in values:

@@ -20,9 +20,6 @@ from torch import Tensor
 
 from shoal.recipe import losses
 
-FIRST_HEAD = 128
-"""How many of the teacher's most probable tokens are sorted at first to find the head of adaptive KL."""
-
 
 class Softmax(NamedTuple):
     """A distribution and its logarithm."""
@@ -86,35 +83,6 @@ def skewed_reverse_kl(p: Softmax, q: Softmax, *, alpha: float) -> Values:
     return Values((q.prob_NV * ratio_NV).sum(-1), _through_softmax(slope_NV, q))
 
 
-def adaptive_kl(p: Softmax, q: Softmax, *, head_mass: float) -> Values:
-    """Forward and reverse KL, weighted by the distance of p and q in the head and in the tail of p, which are constants
-    of the gradient (Wu et al. 2024, arXiv:2404.02657)."""
-    share_N = head_share(p, q, head_mass=head_mass)
-    forward, reverse = forward_kl(p, q), reverse_kl(p, q)
-    return Values(*(torch.lerp(r, f, s) for r, f, s in zip(reverse, forward, (share_N, share_N[:, None]), strict=True)))
-
-
-def head_share(p: Softmax, q: Softmax, *, head_mass: float) -> Tensor:
-    """How much of sum |p - q| lies in the head of p, (N,): the weight of forward KL; reverse KL has the rest.
-
-    The head is the longest run of p's most probable tokens whose mass is at most ``head_mass``, and always the first
-    of them. It is short nearly everywhere, so that only its beginning is sorted. Half where p and q are equal.
-    """
-    distance_NV = (p.prob_NV - q.prob_NV).abs()
-    num_outcomes = distance_NV.shape[-1]
-    length = min(FIRST_HEAD, num_outcomes)
-    while True:
-        sorted_NK, order_NK = p.prob_NV.topk(length, dim=-1)
-        inside_NK = sorted_NK.cumsum(-1) <= head_mass
-        inside_NK[:, 0] = True  # also where one word alone has more than the mass
-        if length == num_outcomes or not inside_NK[:, -1].any():
-            break
-        length = min(8 * length, num_outcomes)
-    head_N = (distance_NV.gather(-1, order_NK) * inside_NK).sum(-1)
-    total_N = distance_NV.sum(-1)
-    return torch.where(total_N > 0, (head_N / total_N).clamp(max=1.0), 0.5)
-
-
 def taid(p: Softmax, q: Softmax, *, share: float | Tensor) -> Values:
     """KL(p_t || q) with p_t = softmax of (1 - t) times q's logits, as constants, plus t times p's, t = ``share`` (Shing
     et al. 2025, arXiv:2501.16937). Logarithms of probabilities mix like logits, they differ by constants."""
@@ -158,8 +126,6 @@ def token_losses(
             return skewed_forward_kl(p, q, alpha=term.alpha)
         case losses.SkewedReverseKL():
             return skewed_reverse_kl(p, q, alpha=term.alpha)
-        case losses.AdaptiveKL():
-            return adaptive_kl(p, q, head_mass=term.head_mass)
         case losses.TAID():
             return taid(p, q, share=share)
 

@@ -27,7 +27,7 @@ from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, asked_sources, read
 from shoal.runtime import queued
 
 from ..engine.kernels import Compiled, Fused
-from .chunked_loss import Dense, TermInput, TopK, block_loss, chunked_head_loss, compiles
+from .chunked_loss import Dense, TermInput, TopK, block_loss, chunked_head_loss
 from .divergences import TaidState
 from .host_batch import OnHost, learnt_places
 from .layer_losses import Captured, StateLosses
@@ -105,7 +105,7 @@ class Objective:
         self.fused: Fused | None = None
         """Kernels that are installed with it."""
         self._compiled = None if compiled_layers is None else Compiled(compiled_layers)
-        self._compiled_loss = self._compiled.function(block_loss) if self._compiled and compiles(terms) else None
+        self._compiled_loss = self._compiled.function(block_loss) if self._compiled else None
 
     def install(self) -> None:
         """Put the objective in the place of the two forwards."""

@@ -17,7 +17,7 @@ from shoal.models.anatomy import text_config
 from shoal.recipe.trainer_arguments import DEFAULTS
 
 from ..engine.sharding import REDUCED_AT_ONCE
-from ..objective.chunked_loss import CHUNK, compiles, most_tokens
+from ..objective.chunked_loss import CHUNK, most_tokens
 from ..student.sizes import ModelSize, student_size, teacher_size
 from ..student.spec import TeacherPlace, TrainSpec
 from ..teacher.wiring import make_trainable_alike
@@ -299,7 +299,7 @@ def _head(job: Job) -> int:
     student, settings, setting = job.student, job.spec.settings, job.setting
     tokens = min(CHUNK, most_tokens(student.vocabulary), setting.rows * (settings.sequence_length - 1))
     width, beside = 2 if job.is_autocast else job.width, 0 if job.on_cpu else LOGIT_BYTES
-    if settings.trainer.get("torch_compile") and compiles([*settings.terms]):
+    if settings.trainer.get("torch_compile"):
         beside = COMPILED_LOGIT_BYTES
     logits = tokens * student.vocabulary * (RAW_LOGITS * width + beside)
     is_shared = not student.head_trained and job.shared_weights > 0

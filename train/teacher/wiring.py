@@ -13,7 +13,7 @@ from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import HiddenStates
 
 from ..engine.kernels import Fused
-from ..objective.chunked_loss import CHUNK, compiles
+from ..objective.chunked_loss import CHUNK
 from ..objective.layer_losses import StateLosses
 from ..objective.objective import Objective, SharedPrefix, Signals, output_head, to_logits
 from ..student.lora import add_adapters
@@ -94,11 +94,9 @@ def _compiled_layers(
     of a teacher that comes over layer by layer."""
     own = decoder_layers(student)[spec.shared_layers :]
     theirs = () if teacher is None else decoder_layers(teacher)
-    at_head = compiles([*spec.settings.terms])
     log.info(
-        "torch_compile: %d layers of the student, %d of the teacher%s; the first steps take longer",
+        "torch_compile: %d layers of the student, %d of the teacher and the loss at the head; first steps take longer",
         len(own),
         len(theirs),
-        " and the loss at the head" if at_head else "; the loss at the head is not, adaptive_kl cannot be",
     )
     return [*own, *theirs]

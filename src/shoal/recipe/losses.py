@@ -83,16 +83,6 @@ class SkewedReverseKL(Divergence):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveKL(Divergence):
-    """Forward and reverse KL, weighted per token (Wu et al. 2024, arXiv:2404.02657). The weights are the distances of p
-    and q in the head and in the tail of p."""
-
-    kind: Literal["adaptive_kl"] = "adaptive_kl"
-    head_mass: Inside = 0.5
-    """Probability mass of the head: the teacher's most probable tokens, at least one."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TAID(Divergence):
     """KL(p_t || q) with a moving target (Shing et al. 2025, arXiv:2501.16937). During training p_t moves from the
     student's own distribution to the teacher's."""
@@ -138,7 +128,7 @@ class HiddenStates(Section):
             )
 
 
-LogitTerm = ForwardKL | ReverseKL | JSD | SkewedForwardKL | SkewedReverseKL | AdaptiveKL | TAID | CrossEntropy
+LogitTerm = ForwardKL | ReverseKL | JSD | SkewedForwardKL | SkewedReverseKL | TAID | CrossEntropy
 LossTerm = Annotated[LogitTerm | HiddenStates, Field(discriminator="kind")]
 
 Losses = Annotated[tuple[LossTerm, ...], listed_as("kind"), Field(min_length=1)]
@@ -161,7 +151,7 @@ def reads_distributions(term: LossTerm) -> bool:
 
 def from_top_k(term: LossTerm) -> bool:
     """Whether the teacher's most probable tokens are enough, which is what is recorded of it."""
-    return not isinstance(term, AdaptiveKL | TAID)
+    return not isinstance(term, TAID)
 
 
 def temperatures(terms: Iterable[LossTerm]) -> set[float]:

@@ -13,7 +13,6 @@ from shoal.recipe.losses import (
     JSD,
     LOGIT_TERMS,
     TAID,
-    AdaptiveKL,
     CrossEntropy,
     ForwardKL,
     LogitTerm,
@@ -22,7 +21,7 @@ from shoal.recipe.losses import (
     SkewedReverseKL,
 )
 from shoal.train.objective import divergences
-from shoal.train.objective.divergences import TaidState, head_share, softened, temperature_of, token_losses
+from shoal.train.objective.divergences import TaidState, softened, temperature_of, token_losses
 
 N = 6
 SHARE = 0.3
@@ -37,8 +36,6 @@ TERMS: list[LogitTerm] = [
     SkewedForwardKL(alpha=0.7),
     SkewedReverseKL(),
     SkewedReverseKL(alpha=0.7),
-    AdaptiveKL(),
-    AdaptiveKL(head_mass=0.9),
     TAID(),
     CrossEntropy(),
 ]
@@ -74,23 +71,10 @@ def reference(term: LogitTerm, z_q: Tensor, z_p: Tensor, label: int) -> Tensor:
             value = kl(p, alpha * p + (1 - alpha) * q)
         case SkewedReverseKL(alpha=alpha):
             value = kl(q, (1 - alpha) * p + alpha * q)
-        case AdaptiveKL():
-            near, far = (float(x) for x in reference_gaps(p, q.detach(), term.head_mass))
-            value = near / (near + far) * kl(p, q) + far / (near + far) * kl(q, p)
         case TAID():
             target = torch.softmax(((1 - SHARE) * z_q.detach() + SHARE * z_p) / term.temperature, 0)
             value = kl(target, q)
     return value * term.temperature**2
-
-
-def reference_gaps(p: Tensor, q: Tensor, head_mass: float) -> tuple[float, float]:
-    """Sums of |p - q| over the head of p and over the rest, counting words from the most probable one."""
-    near = far = mass = 0.0
-    for rank, word in enumerate(sorted(range(len(p)), key=lambda word: -p[word].item())):
-        mass += p[word].item()
-        gap = abs(p[word].item() - q[word].item())
-        near, far = (near + gap, far) if rank == 0 or mass <= head_mass else (near, far + gap)
-    return near, far
 
 
 def logits(seed: int, words: int, scale: float) -> Tensor:
@@ -168,23 +152,6 @@ def test_bounded_divergences_keep_their_bounds() -> None:
         values, _ = found(term, student, teacher)
         assert values.max() <= bound + 1e-9
         assert values.max() > 0.8 * bound, "the case must come near the bound, or it proves nothing"
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.05, 2.0, 20.0])
-@pytest.mark.parametrize("head_mass", [0.01, 0.5, 0.99])
-def test_adaptive_head_is_found_whatever_its_length(
-    scale: float, head_mass: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A flat teacher has a head of half the vocabulary, a sharp one of one word; the weights add up to 1."""
-    monkeypatch.setattr(divergences, "FIRST_HEAD", 4)
-    teacher, student = logits(13, 301, scale), logits(14, 301, 2.0)
-    p, q = softened(teacher, 1.0), softened(student, 1.0)
-    share = head_share(p, q, head_mass=head_mass)
-    gaps = [reference_gaps(a, b, head_mass) for a, b in zip(p.prob_NV, q.prob_NV, strict=True)]
-    if scale:  # without an order of its own a flat teacher has many heads of one length
-        expected = torch.tensor([near / (near + far) for near, far in gaps], dtype=torch.float64)
-        torch.testing.assert_close(share, expected, rtol=1e-9, atol=1e-12)
-    assert ((share >= 0) & (share <= 1)).all()
 
 
 def test_taid_moves_up_from_start_and_is_capped_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
