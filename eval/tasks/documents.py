@@ -22,8 +22,10 @@ from shoal.abilities.matching import LETTERS
 from shoal.atomic_files import read_text
 from shoal.data.bundled import BUNDLED
 from shoal.errors import UserError
+from shoal.recipe.evaluate import Eval
 
 from .data_sets import NUM_EXAMPLES, DataSet, HubData
+from .names import FEW_EXAMPLES, described_data, described_tasks, local_data, task_folders
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,22 @@ def read_splits(data: DataSet, data_dir: Path | None, *, with_examples: bool, **
     if data.bundled is None:  # in the order of a hash of their content, so that the first ones are a fair sample
         splits["items"].sort(key=lambda doc: doc["id"])
     return {split: Dataset.from_list(docs) for split, docs in splits.items()}
+
+
+def refuse_wrong_rows(settings: Eval) -> None:
+    """Refuse, of described tasks, more few-shot examples than are there, and rows of the user's own that cannot be
+    asked."""
+    folder, folders = local_data(settings.data_dir), task_folders(settings.include_path)
+    (described, tags), own = described_tasks(folders), described_data(folders[2:])
+    members = (member for name in settings.tasks for member in tags.get(name, (name,)))
+    for name, (data, protocol) in ((member, described[member]) for member in members if member in described):
+        shots = data.shots_under(protocol) if settings.num_fewshot is None else settings.num_fewshot
+        most = NUM_EXAMPLES if data.bundled else len(data.shots) or shots
+        if shots > most:
+            raise UserError(FEW_EXAMPLES.format(name, most, shots))
+        if folder is not None and data.items is not None and data.dataset in own:
+            rows = local_rows(data, folder, {"items": data.items})["items"]
+            list(_as_docs(data, rows, f"{folder / data.place} (items)"))
 
 
 def has_examples(data: DataSet, data_dir: Path | None) -> bool:

@@ -22,7 +22,7 @@ from shoal.atomic_files import fingerprint, known_hash, read_text
 from shoal.errors import UserError
 from shoal.recipe.evaluate import CONFIGS_DIR, DEFAULT, SUITES, Limit
 
-from .data_sets import NUM_EXAMPLES, DataSet, TaskProtocol, read_data_sets
+from .data_sets import DataSet, TaskProtocol, read_data_sets
 
 ROWS = re.compile(r"[^\s'\"\[\]{},]+\.(?:jsonl?|csv|parquet|txt)\b")
 """Paths of local data, as task files name them."""
@@ -111,14 +111,6 @@ def refuse_other_limits(limit: Limit, tasks: Collection[str]) -> None:
             f"eval.limit: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to "
             "them, or remove its limit (on the command line: eval.limit=NUMBER)"
         )
-
-
-def refuse_many_shots(shots: int | None, tasks: Collection[str], include_path: str | Path | None) -> None:
-    """Refuse more few-shot examples than generators of the ``tasks`` make."""
-    described, _ = described_tasks(task_folders(include_path))
-    for name in tasks if (shots or 0) > NUM_EXAMPLES else ():
-        if described[name][0].bundled:
-            raise UserError(FEW_EXAMPLES.format(name, NUM_EXAMPLES, shots))
 
 
 def refuse_offline(names: Sequence[str], include_path: str | Path | None) -> None:

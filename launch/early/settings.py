@@ -84,6 +84,7 @@ def refuse_distillation(asked: Asked) -> None:
 
 def refuse_scoring(asked: Asked) -> None:
     """Refuse tasks that are unknown, or cannot be asked as section `eval` says."""
+    from shoal.eval.tasks.documents import refuse_wrong_rows  # loads the library of data sets
     from shoal.models.looks import chat_template
 
     settings = asked.recipe.eval
@@ -97,7 +98,7 @@ def refuse_scoring(asked: Asked) -> None:
         check_vllm("eval.backend")
     if (tasks := names.tasks_named(settings.tasks, settings.include_path)) is not None:
         names.refuse_other_limits(settings.limit, tasks)
-        names.refuse_many_shots(settings.num_fewshot, tasks, settings.include_path)
+    refuse_wrong_rows(settings)
 
 
 def refuse_data(asked: Asked) -> None:
