@@ -91,9 +91,9 @@ def refuse_other_folder(run_dir: Path) -> None:
     refuse_misplaced(run_dir)
     if (run_dir / "config.json").exists():
         raise UserError(f"{run_dir}: is the folder of a model; set run_dir to another folder")
-    taken = [name for name in FOLDERS if (run_dir / name).exists()]
+    taken = [name for name in (*FOLDERS, *FILES) if any(run_dir.glob(name))]
     if taken and not any(any(run_dir.glob(name)) for name in RESULTS):
-        raise UserError(f"{run_dir}: not a run directory, and its {taken[0]}/ would be replaced; set another run_dir")
+        raise UserError(f"{run_dir}: not a run directory, and its {taken[0]} would be replaced; set another run_dir")
 
 
 def refuse_misplaced(run_dir: Path) -> None:

@@ -168,11 +168,11 @@ def test_a_run_directory_replaces_nothing_that_no_run_has_made(tmp_path: Path) -
     (folder / "thesis").mkdir(parents=True)
     (folder / "package.json").touch()
     load_recipe("got.yaml")
-    for name in FOLDERS:
-        (folder / name).mkdir()
-        with pytest.raises(UserError, match=rf"mine: not a run directory, and its {name}/ would be replaced"):
+    for name in (*FOLDERS, "report.md", "results.json", "log.jsonl"):
+        (folder / name).mkdir() if name in FOLDERS else (folder / name).touch()
+        with pytest.raises(UserError, match=rf"mine: not a run directory, and its {name} would be replaced"):
             load_recipe("got.yaml")
         (folder / "run.json").touch()
         load_recipe("got.yaml")
         (folder / "run.json").unlink()
-        (folder / name).rmdir()
+        (folder / name).rmdir() if name in FOLDERS else (folder / name).unlink()
