@@ -86,7 +86,10 @@ def read_plan(run: Run) -> Plan:
         prune(run)
         everyone_sees(run.dir / Plan.FILE)
     else:
-        plan_of(run).require()
+        asked = plan_of(run)
+        if asked.changed():
+            read_importance(run)  # whose own settings say more than that it is another one
+        asked.require()
     return _plan_of_its_student(run)
 
 

@@ -153,8 +153,10 @@ def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
     caplog.clear()
     measure.measure(make_run(**settings))
     assert "measure: done already" in caplog.text
-    with pytest.raises(UserError, match=r"importance.json: belongs to another run: measure.num_tokens is 96 in this"):
-        pruning.prune(make_run(measure={**MEASURE, "num_tokens": 96}, prune={"num_drop": 2}))
+    other = make_run(measure={**MEASURE, "num_tokens": 96}, prune={"num_drop": 2})
+    for stage in (pruning.prune, pruning.read_plan):
+        with pytest.raises(UserError, match=r"importance.json: belongs to another run: measure.num_tokens is 96 in"):
+            stage(other)
 
 
 @pytest.mark.slow
