@@ -153,10 +153,10 @@ def compare(reference: Scores, *others: Scores) -> Comparison:
     Example:
         >>> shoal.compare(teacher, pruned, distilled)
     """
-    if not others:
-        raise UserError("compare: a second evaluation is missing; pass the scores of another model too")
     for scores in (reference, *others):
         Scores.require(scores, "compare")
+    if not others:
+        raise UserError("compare: a second evaluation is missing; pass the scores of another model too")
     for other in others:
         for before, after in shared_tasks(reference, other):
             require_same_measurement(before, after)

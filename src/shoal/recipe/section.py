@@ -28,12 +28,16 @@ from pydantic_core.core_schema import no_info_before_validator_function
 Positive = Annotated[int, Field(gt=0)]
 RowLength = Annotated[int, Field(ge=2, description="Tokens of one row, at least 2.")]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NAME_BYTES = 255
+"""Bytes of the name of a file or folder, at most."""
 
 
 def plain_path(text: str) -> str:
     """``text``, which names a path as it is."""
     if not text.strip():
         raise ValueError(f"is blank (got {text!r})")
+    if max(len(name.encode()) for name in text.split("/")) > NAME_BYTES:
+        raise ValueError(f"is longer than a path can be: {len(text):,} characters; write the path, or texts as a list")
     if found := re.search(r"\$(\w+|\{\w+\})", text):
         raise ValueError(f"holds {found[0]}, and variables are not expanded in paths; write the path (got {text!r})")
     return text
