@@ -84,7 +84,6 @@ def refuse_distillation(asked: Asked) -> None:
 
 def refuse_scoring(asked: Asked) -> None:
     """Refuse tasks that are unknown, or cannot be asked as section `eval` says."""
-    from shoal.eval.tasks.documents import refuse_wrong_rows  # loads the library of data sets
     from shoal.models.looks import chat_template
 
     settings = asked.recipe.eval
@@ -98,7 +97,10 @@ def refuse_scoring(asked: Asked) -> None:
         check_vllm("eval.backend")
     if (tasks := names.tasks_named(settings.tasks, settings.include_path)) is not None:
         names.refuse_other_limits(settings.limit, tasks)
-    refuse_wrong_rows(settings)
+    if settings.num_fewshot is not None or settings.include_path is not None:  # else they are shoal's own
+        from shoal.eval.tasks.documents import refuse_wrong_rows  # loads the library of data sets
+
+        refuse_wrong_rows(settings)
 
 
 def refuse_data(asked: Asked) -> None:
