@@ -27,6 +27,7 @@ from shoal.launch.early import refuse_early
 from shoal.launch.verbs.run import locked, open_run
 from shoal.models.load import num_parameters, without_data
 from shoal.models.resolve import find_config
+from shoal.ranks import LAUNCHED
 from shoal.recipe.distill import NUM_TOKENS, TrainingSource
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.losses import CrossEntropy, ForwardKL
@@ -48,6 +49,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, *, offl
     monkeypatch.setattr(module, "HfApi", Api)
     monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(module, "SMALL", 0)
+    for name in LAUNCHED:  # a training in this process leaves them
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
