@@ -110,26 +110,17 @@ class UpdateNorm(_TokenMean):
         return update_LT / before_LT.clamp(min=SMALLEST_NORM)
 
 
-class _Pairs(HiddenMetric):
-    """A mean of one number per pair of the L+1 states."""
-
-    yields: ClassVar[Yields] = "runs"
-
-    def sums_shape(self) -> tuple[int, ...]:
-        return (self.num_layers + 1, self.num_layers + 1)
-
-    def scores(self) -> Runs:
-        means = self._mean()  # (L+1, L+1): entry [l, l + n] is that of the run of n layers from l
-        return tuple(tuple(means.diagonal(length).tolist()) for length in range(1, self.num_layers + 1))
-
-
-class Angular(_Pairs):
+class Angular(HiddenMetric):
     """(1/pi) mean over documents of arccos cos(h_l, h_{l+n}) at the last token, for every run of n layers from l.
 
     Gromov et al. 2024, arXiv:2403.17887, equation 7.
     """
 
+    yields: ClassVar[Yields] = "runs"
     reads: ClassVar[frozenset[Reading]] = frozenset({"last"})
+
+    def sums_shape(self) -> tuple[int, ...]:
+        return (self.num_layers + 1, self.num_layers + 1)
 
     def add(self, seen: Observation) -> None:
         states_MLD = seen.last_MLD  # L + 1 states
@@ -140,23 +131,9 @@ class Angular(_Pairs):
         self.sums += (cosines_MLL.arccos() / torch.pi).sum(0)
         self.count += len(states_MLD)
 
-
-class StreamlineCosine(_Pairs):
-    """1 - mean over tokens of (0.5 + 0.5 cos(h_l, h_{l+n})), for every run of n layers from l.
-
-    LLM-Streamline (Chen et al. 2024, arXiv:2403.19135) removes the run of the largest mean cosine; taken from 1, so
-    that here too the lowest goes first. All states of a batch are kept until its end.
-    """
-
-    reads: ClassVar[frozenset[Reading]] = frozenset({"cosines"})
-
-    def add(self, seen: Observation) -> None:
-        # the sum over tokens of 1 - (0.5 + 0.5 cos)
-        self.sums += 0.5 * (seen.batch.num_tokens - seen.cosine_sums_LL())
-        self.count += seen.batch.num_tokens
-
-    def _mean(self) -> Tensor:
-        return super()._mean().clamp(0, 1)  # float32 cosines of equal states round to a little above 1
+    def scores(self) -> Runs:
+        means = self._mean()  # (L+1, L+1): entry [l, l + n] is that of the run of n layers from l
+        return tuple(tuple(means.diagonal(length).tolist()) for length in range(1, self.num_layers + 1))
 
 
 class MkaSimilarity(HiddenMetric):
@@ -231,7 +208,6 @@ def _similarity(first_cells: np.ndarray, second_cells: np.ndarray) -> float:
 HIDDEN_METRICS: dict[str, type[HiddenMetric]] = {
     "block_influence": BlockInfluence,
     "angular": Angular,
-    "streamline_cosine": StreamlineCosine,
     "update_norm": UpdateNorm,
     "mka_similarity": MkaSimilarity,
 }

@@ -4,7 +4,7 @@ A metric names what it reads; whatever several of them read is computed once. Su
 remains of a batch, and they go to the CPU at its end, where the last steps run in float64: the arc cosine of a float32
 cosine next to 1 is off by 3e-4, which is more than some layers matter.
 
-B rows, S tokens of each, T = B*S, P of them in one piece, D hidden, L layers, M documents, K sampled tokens.
+B rows, S tokens of each, T = B*S, D hidden, L layers, M documents, K sampled tokens.
 """
 
 from __future__ import annotations
@@ -23,21 +23,14 @@ from shoal.runtime import queued
 
 from .metric import Calibration
 
-Reading = Literal["products", "updates", "last", "cosines", "sample"]
+Reading = Literal["products", "updates", "last", "sample"]
 """Quantity that a metric reads. products: inner ones of a layer's input and output; updates: norms of their difference;
-last: states of documents' last tokens; cosines: those between all layers, summed over tokens; sample: states of some
-tokens."""
+last: states of documents' last tokens; sample: states of some tokens."""
 
 Quantity = Literal["products", "before_squares", "after_squares", "update_squares"]
 """Number of every layer; squares: squared norms of its input, its output and what it adds."""
 
 NUMBERS = ("products", "before_squares", "after_squares", "update_squares")
-
-PIECE_ELEMENTS = {"cpu": 1 << 18}
-"""Elements of a hidden state that are multiplied at one time, by device type: on a CPU what fits its cache."""
-DEFAULT_PIECE_ELEMENTS = 1 << 26
-ROWS_MULTIPLE = 16
-"""Products of matrices with so many rows take half the time of those with one row less."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +101,6 @@ class Observation:
             self._found["last"].append(state_TD[self.batch.last_M])
         if "sample" in self._reads:
             self._found["sample"].append(state_TD[self.batch.sample_K].float())
-        if "cosines" in self._reads:
-            self._found["states"].append(state_TD)
 
     def of_layers(self, quantity: Quantity) -> Tensor:
         """What was found of every layer for each token, (L, T)."""
@@ -130,33 +121,6 @@ class Observation:
     def sample_KLD(self) -> Tensor:
         """States (K, L+1, D) of the sampled tokens, in float32."""
         return torch.stack(self._found["sample"], dim=1).cpu()
-
-    def cosine_sums_LL(self) -> Tensor:
-        """Cosines between the states (L+1) of each token, summed over tokens.
-
-        The sum over tokens and units is one matrix product of all normalised states, laid out as L+1 long rows.
-        """
-        squares = [*self._found["before_squares"], self._found["after_squares"][-1]]
-        squares_LT, states = torch.stack(squares), self._found["states"]  # L + 1 rows
-        inverse_LT = torch.where(squares_LT > 0, squares_LT.rsqrt(), 0)
-        padded = -(-len(squares_LT) // ROWS_MULTIPLE) * ROWS_MULTIPLE
-        tokens, width = states[0].shape
-        elements = PIECE_ELEMENTS.get(squares_LT.device.type, DEFAULT_PIECE_ELEMENTS)
-        # four times the elements, for all states together
-        step = max(1, min(tokens, max(1, elements // width)) * 4 // padded)
-        buffer_LPD = torch.zeros(padded, step, width, device=squares_LT.device)
-        sums_LL = torch.zeros(padded, padded, dtype=torch.float64, device=squares_LT.device)
-        for start in range(0, tokens, step):
-            piece = slice(start, start + step)
-            rows_LPD = buffer_LPD[:, : inverse_LT[:, piece].shape[1]]
-            for state_TD, row_PD in zip(states, rows_LPD, strict=False):
-                row_PD.copy_(state_TD[piece])
-            rows_LPD[: len(squares_LT)].mul_(inverse_LT[:, piece, None])
-            rows_LN = rows_LPD.flatten(1)  # N = P * D
-            sums_LL += rows_LN @ rows_LN.mT  # float32 within a piece, float64 over pieces
-        # two zero states count as equal, as in cosine()
-        zero_LT = (squares_LT == 0).double()
-        return (sums_LL[: len(squares_LT), : len(squares_LT)] + zero_LT @ zero_LT.mT).cpu()
 
     def first_fault(self) -> tuple[int, int] | None:
         """The lowest of the L+1 states that is not finite, and its first token; None where all are.
