@@ -1,17 +1,17 @@
 """Recovery where a published number stands: one plan, several ways to distil, public benchmarks, one table.
 
     python -m benchmarks.recovery OUT [--model gemma] [--data-dir DIR] [--arms default published trl ...]
-        [--seeds 0 1 2] [--tokens 200000] [--limit 400] [--choose]
+        [--seeds 0 1 2] [--tokens 200000] [--limit 400] [--against ARM] [--choose]
 
 recovery.yaml beside this file says what models, texts and arms are. Every arm is the quickstart's recipe with other
 text, losses or trained weights, run by `shoal distill` on the same cut; the intact and the cut model are scored first.
 OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items; answers.csv: which are right) and
 table.csv: scores, per character where lm-eval has them so, the share kept of the teacher's distance to chance and its
-mean over the tasks of a column, with 95 % intervals, and how far that mean is from the arm `default` at the same
-tokens and seed; tokens, seconds, command, commit and processor. Rows `ARM-TOKENS-all` score every item as its mean
-over the seeds. For equal time give --tokens by processor_seconds. kl_TEXT is the KL divergence from the teacher, in
-nats per token, on documents from which no arm learns: arms are chosen by it (--choose computes nothing else), never by
-a benchmark.
+mean over the tasks of a column, with 95 % intervals, and how far both are from the arm --against at the same tokens
+and seed, or from the one row of this name; tokens, seconds, command, commit and processor. Rows `ARM-TOKENS-all` score
+every item as its mean over the seeds. For equal time give --tokens by processor_seconds. kl_TEXT is the KL divergence
+from the teacher, in nats per token, on documents from which no arm learns: arms are chosen by it (--choose computes
+nothing else), never by a benchmark.
 
 What is there is not done again, so the same command goes on after a stop, and a training from its last checkpoint.
 --data-dir is a folder of data sets as eval.data_dir takes it, with the texts of recovery.yaml; without it all comes
@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 import shoal
-from shoal.artifacts.evaluation import Scores, TaskScore
+from shoal.artifacts.evaluation import Interval, Scores, TaskScore
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json, write_text, written_folder
@@ -50,7 +50,7 @@ from shoal.machine import device_name, fast_dtype
 from shoal.models.load import load_model, load_tokenizer
 from shoal.models.resolve import convert_gguf, resolve_model
 from shoal.recipe.section import DataSource
-from shoal.stats.means import mean_change, mean_share
+from shoal.stats.means import TaskScores, mean_change, mean_share
 from shoal.stats.paired import interval, retention
 from shoal.train.objective.divergences import forward_kl, softened
 from shoal.yaml_text import read_yaml
@@ -76,8 +76,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=200_000, help="equal tokens (200000)")
     parser.add_argument("--limit", type=int, default=400, help="most items of a task (400)")
+    parser.add_argument("--against", default="default", help="arm or row that others are compared with (default)")
     parser.add_argument("--choose", action="store_true", help="no benchmarks: only the divergence on held-out text")
     asked = parser.parse_args(words)
+    if asked.against.partition("-")[0] not in (*SAID["arms"], "teacher", "cut"):
+        parser.error(f"--against {asked.against}: is no arm; choose from {', '.join(SAID['arms'])}")
     asked.out, asked.data_dir = (asked.out / asked.model).resolve(), asked.data_dir and asked.data_dir.resolve()
     asked.spread = asked.data_dir and spread(asked.data_dir, asked.out / f"data-{asked.limit}", asked.limit)
     teacher, cut = teacher_of(asked), asked.out / "cut"
@@ -232,21 +235,21 @@ def held_out(asked: argparse.Namespace, model: Path) -> dict[str, float]:
 
 def write_table(asked: argparse.Namespace) -> None:
     """table.csv of all that is scored."""
-    of_names: dict[str, dict[str, TaskScore]] = {}
+    of_names: dict[str, TaskScores] = {}
     for made in sorted((asked.out / "made").glob("*.json")):
         files = (asked.out / "scores" / made.stem).glob("*.json")
         of_names[made.stem] = {task.task: task for file in files for task in Scores.load(file).tasks}
-    seeds: dict[str, list[dict[str, TaskScore]]] = {}
+    seeds: dict[str, list[TaskScores]] = {}
     for name, own in of_names.items():
         seeds.setdefault(name.rpartition("-")[0] or name, []).append(own)
     of_names |= {f"{arm}-all": over_seeds(runs) for arm, runs in seeds.items() if len(runs) > 1}
     columns = SAID["models"][asked.model]["tasks"].items()
-    rows = [
-        {"name": name, **row, **costs(asked.out, name)}
-        for name, own in of_names.items()
+    rows = []
+    for name, own in of_names.items():
+        other = compared(of_names, asked.against, name)
+        said = (rows_of(c, [t for t in tasks if t in own], of_names["teacher"], own, other) for c, tasks in columns)
         # the first row of a model has no task
-        for row in chain([{}], *(rows_of(c, [t for t in tasks if t in own], of_names, name) for c, tasks in columns))
-    ]
+        rows += [{"name": name, **row, **costs(asked.out, name)} for row in chain([{}], *said)]
     write_rows(asked.out / "table.csv", rows)
     write_rows(asked.out / "answers.csv", [*answers(of_names)])
 
@@ -260,7 +263,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerow({key: round(own, 4) if isinstance(own, float) else own for key, own in row.items()})
 
 
-def answers(of_names: Mapping[str, Mapping[str, TaskScore]]) -> Iterator[dict[str, Any]]:
+def answers(of_names: Mapping[str, TaskScores]) -> Iterator[dict[str, Any]]:
     """What each model answered in each task: a digit per item, 1 where it is right, in the order of the data set."""
     for name, tasks in of_names.items():
         for task, own in sorted(tasks.items()):
@@ -268,7 +271,7 @@ def answers(of_names: Mapping[str, Mapping[str, TaskScore]]) -> Iterator[dict[st
                 yield {"name": name, "task": task, "answers": "".join(f"{item.score:.0f}" for item in own.items)}
 
 
-def over_seeds(runs: Sequence[Mapping[str, TaskScore]]) -> dict[str, TaskScore]:
+def over_seeds(runs: Sequence[TaskScores]) -> dict[str, TaskScore]:
     """Each task that all runs have, every item scored as their mean: its interval is over items, for these seeds."""
     pooled = {}
     for task in set.intersection(*map(set, runs)):
@@ -280,23 +283,38 @@ def over_seeds(runs: Sequence[Mapping[str, TaskScore]]) -> dict[str, TaskScore]:
     return pooled
 
 
+def compared(of_names: Mapping[str, Any], against: str, name: str) -> Any:
+    """The tasks of the row ``against``, or of that arm at the tokens and seed of ``name``; none if neither is there."""
+    return of_names.get(against) or of_names.get(f"{against}-{name.partition('-')[2]}", {})
+
+
 def rows_of(
-    column: str, tasks: Sequence[str], of_names: Mapping[str, Mapping[str, TaskScore]], name: str
+    column: str, tasks: Sequence[str], teacher: TaskScores, own: TaskScores, other: TaskScores
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a column: its tasks, and the mean of the shares kept if the teacher is clear of chance in all, with its
-    change from the arm `default`."""
-    teacher, own, default = of_names["teacher"], of_names[name], of_names.get(f"default-{name.partition('-')[2]}", {})
-    kept = {task: retention(teacher[task], own[task]) for task in tasks}
-    for task, share in kept.items():
+    """Rows of a column: its tasks, and the mean of the shares kept if the teacher is clear of chance in all; each with
+    its change from that of ``other``."""
+    for task in tasks:
         told = {key: getattr(own[task], key) for key in TOLD}
-        shares = {"kept": share.value, "kept_low": share.ci_low, "kept_high": share.ci_high}
-        yield {"column": column, "task": task, **told, **shares}
-    if len(tasks) > 1 and (mean := mean_share(teacher, own, {task: 1 / len(tasks) for task in tasks})):
-        shares = {"kept": mean.value, "kept_low": mean.ci_low, "kept_high": mean.ci_high}
-        weights = {task: 1 / len(tasks) for task in tasks}
-        if {*tasks} <= {*default} and (change := mean_change(teacher, default, own, weights)):
-            shares |= {"change": change.value, "change_low": change.ci_low, "change_high": change.ci_high}
-        yield {"column": column, "task": "mean", **shares}
+        kept, change = retention(teacher[task], own[task]), changed(teacher, other, own, [task])
+        yield {"column": column, "task": task, **told, **limits("kept", kept), **limits("change", change)}
+    if len(tasks) > 1 and (mean := mean_share(teacher, own, even(tasks))):
+        change = changed(teacher, other, own, tasks)
+        yield {"column": column, "task": "mean", **limits("kept", mean), **limits("change", change)}
+
+
+def even(tasks: Sequence[str]) -> dict[str, float]:
+    """Equal weights, which add up to 1."""
+    return dict.fromkeys(tasks, 1 / len(tasks))
+
+
+def changed(teacher: TaskScores, before: TaskScores, after: TaskScores, tasks: Sequence[str]) -> Interval | None:
+    """The change of the mean share of tasks; None where one was not scored before."""
+    return mean_change(teacher, before, after, even(tasks)) if {*tasks} <= {*before} else None
+
+
+def limits(word: str, own: Any) -> dict[str, float | None]:
+    """The columns of a value with its interval; none of None."""
+    return {} if own is None else {word: own.value, f"{word}_low": own.ci_low, f"{word}_high": own.ci_high}
 
 
 def costs(out: Path, name: str) -> dict[str, Any]:

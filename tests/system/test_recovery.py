@@ -43,13 +43,19 @@ def test_a_mean_over_seeds_scores_every_item_as_their_mean_and_a_run_changes_by_
     assert Counter(item.score for item in pooled["a"].items) == {1.0: 20, 0.5: 10, 0.0: 10}
     assert pooled["a"].ci_low < pooled["a"].score == 25 / 40 < pooled["a"].ci_high
     of_names = {"teacher": run(40), "default-9-0": run(20), "arm-9-0": run(20), "arm-9-1": run(30), "arm-9-all": pooled}
-    same, none = ([*recovery.rows_of("public", ["a", "b"], of_names, name)][-1] for name in ("arm-9-0", "arm-9-all"))
-    assert (same["change"], same["kept"]) == (0, pytest.approx(1 / 3))
+
+    def told(name: str, against: str) -> list[dict[str, Any]]:
+        other = recovery.compared(of_names, against, name)
+        return [*recovery.rows_of("public", ["a", "b"], of_names["teacher"], of_names[name], other)]
+
+    same, none, named = told("arm-9-0", "default"), told("arm-9-all", "default")[-1], told("arm-9-all", "arm-9-0")
+    assert [(row["change"], row["kept"]) for row in same] == [(0, pytest.approx(1 / 3))] * 3
     assert none["kept"] == pytest.approx(0.5)
     assert "change" not in none, "there is no default over seeds"
-    told = {(row["name"], row["task"]): row["answers"] for row in recovery.answers(of_names)}
-    assert [*map(int, told["arm-9-0", "a"])] == [item.score for item in of_names["arm-9-0"]["a"].items]
-    assert ("arm-9-all", "a") not in told, "a mean over seeds is no answer"
+    assert [row["change"] for row in named] == [pytest.approx(1 / 6)] * 3
+    answered = {(row["name"], row["task"]): row["answers"] for row in recovery.answers(of_names)}
+    assert [*map(int, answered["arm-9-0", "a"])] == [item.score for item in of_names["arm-9-0"]["a"].items]
+    assert ("arm-9-all", "a") not in answered, "a mean over seeds is no answer"
 
 
 def test_arms_are_chosen_by_documents_that_none_learns_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
