@@ -27,6 +27,7 @@ from shoal.models.in_memory import require_tokenizer, require_usable
 from shoal.models.load import load_model
 from shoal.recipe.recipe import of_arguments, parse_recipe, read_settings, settled
 from shoal.recipe.remembered import remembering
+from shoal.recipe.section import plain_value
 
 from ..early import refuse_early
 from ..verbs import run as verbs
@@ -131,9 +132,10 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Run:
         config = str(recipe) if isinstance(recipe, str | Path) else str(Path(temporary) / "recipe.yaml")
         if isinstance(recipe, Mapping):
             overrides = (*overrides, "allow=send,write,code")  # Python is the user's own word
-            parse_recipe(dict(recipe))  # whose messages say `recipe`, and not a file that nobody has written
+            said: dict[str, Any] = plain_value(recipe)
+            parse_recipe(said)  # whose messages say `recipe`, and not a file that nobody has written
             try:
-                write_json(Path(config), dict(recipe))  # JSON is YAML
+                write_json(Path(config), said)  # JSON is YAML
             except TypeError as error:
                 raise UserError(f"shoal.run: recipe: holds a value that a YAML file cannot hold ({error})") from error
         said, file = read_settings(config, overrides)

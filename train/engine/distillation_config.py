@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from peft import LoraConfig
 from transformers import SchedulerType, TrainingArguments
 
@@ -14,6 +13,7 @@ from shoal.errors import UserError
 from shoal.recipe.distill import Distill, Lora, Packing, Trainable
 from shoal.recipe.losses import LossTerm
 from shoal.recipe.messages import checked
+from shoal.recipe.section import plain_value
 from shoal.recipe.trainer_arguments import DEFAULTS, OURS, RANGES
 
 Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
@@ -71,11 +71,12 @@ class DistillationConfig(TrainingArguments):
 
 
 def section_of(args: TrainingArguments, lora: Any = None) -> Distill:
-    """The section of a recipe that says the same as ``args`` of losses, data and numbers.
+    """The section of a recipe that says the same as ``args`` of losses, data and numbers, which become Python's.
 
     Raises:
         UserError: it would be refused in a recipe.
     """
+    vars(args).update(plain_value(vars(args)))
     other = ("label_smoothing_factor", "average_tokens_across_devices", "gradient_checkpointing_kwargs", "fsdp")
     other = [name for name in other if getattr(args, name) != getattr(TrainingArguments, name)]
     section = {
@@ -86,7 +87,7 @@ def section_of(args: TrainingArguments, lora: Any = None) -> Distill:
         **{name: setting(args, name) for name in SAME_AS_IN_RECIPE},
     }
     for seed in (args.seed, args.data_seed or 0):
-        if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise UserError(f"shoal.DistillationConfig: seed: must be from 0 to below 2**32 (got {seed!r})")
     return checked(Distill, section, source="shoal.DistillationConfig")
 

@@ -30,7 +30,7 @@ from shoal.recipe.section import AUTO, Column, Conversation, Data, DataSource, M
 
 log = logging.getLogger(__name__)
 
-Given = str | Mapping[str, Any] | Iterable[Any]
+Given = str | Path | Mapping[str, Any] | Iterable[Any]
 """Data that a caller has: the name of a data set or of bundled text, or a source as a recipe has it, a mapping with
 `path`; texts; or rows (mappings, such as those of `datasets.Dataset`) with columns that column_in finds. Rows are gone
 through more than once, so they are no generator; a stream of `datasets` is one that has no length."""
@@ -373,7 +373,7 @@ def is_source(data: Given) -> bool:
     """Whether ``data`` names or describes a source, instead of being texts or rows."""
     if isinstance(data, tuple):
         return any(isinstance(one, DataSource) for one in data)
-    return isinstance(data, str) or (isinstance(data, Mapping) and "path" in data)
+    return isinstance(data, str | Path) or (isinstance(data, Mapping) and "path" in data)
 
 
 def is_stream(data: Given) -> bool:
@@ -418,7 +418,7 @@ def documents_of(
     """
     is_table = hasattr(dataset, "to_dict") and hasattr(dataset, "iloc")
     has_rows = isinstance(dataset, Iterable) and getattr(dataset, "shape", None) != ()  # a number of torch's has none
-    if is_table or isinstance(dataset, str | Mapping | Iterator | Set) or not has_rows:
+    if is_table or isinstance(dataset, str | Path | Mapping | Iterator | Set) or not has_rows:
         remedy = "datasets.Dataset.from_pandas converts a frame" if is_table else "choose one of its splits"
         raise UserError(
             f"data {name!r}: is {type(dataset).__name__}; give a list of texts, or a data set with rows ({remedy})"

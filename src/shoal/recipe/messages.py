@@ -18,7 +18,7 @@ from shoal.formatting import listed, meant
 from shoal.recipe.field_words import field_word
 from shoal.recipe.gone import gone
 from shoal.recipe.not_together import contradictions
-from shoal.recipe.section import Section, adapter, types_of
+from shoal.recipe.section import Section, adapter, plain_value, types_of
 from shoal.redaction import redacted, redacted_arguments
 from shoal.yaml_text import own_yaml
 
@@ -41,7 +41,7 @@ def checked(kind: type[S], values: Any, *, source: str, overrides: Sequence[str]
         UserError: naming every problem, each after ``source`` or the override that has set its place.
     """
     try:
-        section = adapter(kind).validate_python(values)
+        section = adapter(kind).validate_python(plain_value(values))
     except ValidationError as error:
         raise UserError(blamed(explained(error.errors(include_url=False), kind), source, overrides)) from error
     if problems := list(itertools.islice(contradictions(section), MOST_TOLD)):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
+import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import cache
@@ -43,22 +43,27 @@ def plain_path(text: str) -> str:
     return text
 
 
+def plain_value(value: Any) -> Any:
+    """``value`` as a file would give it, and so what it holds: paths as text, numbers of numpy as Python's, arrays as
+    lists."""
+    if isinstance(value, Mapping):
+        return {key: plain_value(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(own) for own in value]
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    is_array = hasattr(value, "tolist") and not isinstance(value, type)
+    return value.tolist() if is_array else value
+
+
 Text = Annotated[str, Field(min_length=1)]
 Place = Annotated[Text, AfterValidator(plain_path)]
 """A path, or what may stand in place of one."""
 
 
-def _index(value: Any) -> int:
-    number: Any = None if isinstance(value, bool) else value
-    try:
-        return operator.index(number)
-    except TypeError:
-        raise PydanticKnownError("int_type") from None
-
-
-Index = Annotated[int, BeforeValidator(_index)]
+Index = Annotated[int, Field(strict=True)]
 """The number of a layer, which 1.0 is not."""
-Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_index)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 """What numpy and torch take for a seed."""
 
 

@@ -5,6 +5,7 @@ wrong_values.yaml has them: by key what both say after its place, and what only 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,6 +180,32 @@ def test_what_only_looks_odd_is_taken(python: Callable[[str, Any], object], plac
     result: Any = python(place, value)
     if isinstance(result, Importance):
         json.dumps(result.body())
+
+
+def test_numbers_of_numpy_and_paths_are_those_of_python(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, asked = tmp_path / "text.jsonl", []
+    text.write_text("\n".join(json.dumps({"text": one}) for one in TEXTS))
+    monkeypatch.setattr(running, "run_all", lambda run, _: asked.append(run.recipe))
+    distill = {"trainer": {"learning_rate": 3e-4, "max_steps": 2, "bf16": False}, "data": [{"path": str(text)}]}
+    plain = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 2]}, "distill": distill}
+    other: Any = {"learning_rate": np.float64(3e-4), "max_steps": np.int64(2), "bf16": np.bool_(False)}
+    odd = {"model": teacher, "run_dir": tmp_path / "run", "prune": {"drop": (np.int64(1), np.array(2))}}
+    for recipe in (plain, odd | {"distill": {"trainer": other, "data": [{"path": text}]}}):
+        with contextlib.suppress(shoal.UserError):  # nothing is there afterwards
+            shoal.run(recipe)
+    assert asked[0] == asked[1]
+    measured = shoal.measure_importance(tiny_model("llama"), tiny_tokenizer(), text, **SMALL)
+    assert len(measured.layers["block_influence"]) == 6
+    args = shoal.DistillationConfig(str(tmp_path), **other)
+    json.dumps([args.max_steps, args.learning_rate])
+
+
+def test_several_numbers_are_no_number() -> None:
+    for value in (np.array([1.0, 2.0]), torch.tensor([1.0, 2.0]), np.float64):
+        with pytest.raises(shoal.UserError, match=r"trainer\.learning_rate: must be a number \(got"):
+            shoal.DistillationConfig("out", learning_rate=value)  # pyright: ignore[reportArgumentType]
 
 
 def test_what_is_compared_must_be_scores() -> None:
