@@ -1,7 +1,7 @@
 """Recovery where a published number stands: one plan, several ways to distil, public benchmarks, one table.
 
     python -m benchmarks.recovery OUT [--model gemma] [--data-dir DIR] [--arms default published trl ...]
-        [--seeds 0 1 2] [--tokens 200000] [--limit 400] [--against ARM] [--choose]
+        [--seeds 0 1 2] [--tokens 200000] [--limit 400] [--against ARM] [--control] [--choose]
 
 recovery.yaml beside this file says what models, texts and arms are. Every arm is the quickstart's recipe with other
 text, losses or trained weights, run by `shoal distill` on the same cut; the intact and the cut model are scored first.
@@ -9,9 +9,9 @@ OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items
 table.csv: scores, per character where lm-eval has them so, the share kept of the teacher's distance to chance and its
 mean over the tasks of a column, with 95 % intervals, and how far both are from the arm --against at the same tokens
 and seed, or from the one row of this name; tokens, seconds, command, commit and processor. Rows `ARM-TOKENS-all` score
-every item as its mean over the seeds. For equal time give --tokens by processor_seconds. kl_TEXT is the KL divergence
-from the teacher, in nats per token, on documents from which no arm learns: arms are chosen by it (--choose computes
-nothing else), never by a benchmark.
+every item as its mean over the seeds, rows `ARM_control-TOKENS-SEED` the intact model after the same training. For
+equal time give --tokens by processor_seconds. kl_TEXT is the KL divergence from the teacher, in nats per token, on
+documents from which no arm learns: arms are chosen by it (--choose computes nothing else), never by a benchmark.
 
 What is there is not done again, so the same command goes on after a stop, and a training from its last checkpoint.
 --data-dir is a folder of data sets as eval.data_dir takes it, with the texts of recovery.yaml; without it all comes
@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 import shoal
-from shoal.artifacts.evaluation import Interval, Scores, TaskScore
+from shoal.artifacts.evaluation import CONTROL, Interval, Scores, TaskScore
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import write_json, write_text, written_folder
@@ -77,10 +77,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=200_000, help="equal tokens (200000)")
     parser.add_argument("--limit", type=int, default=400, help="most items of a task (400)")
     parser.add_argument("--against", default="default", help="arm or row that others are compared with (default)")
+    parser.add_argument("--control", action="store_true", help="train and score the intact model in the same way too")
     parser.add_argument("--choose", action="store_true", help="no benchmarks: only the divergence on held-out text")
     asked = parser.parse_args(words)
     if asked.against.partition("-")[0] not in (*SAID["arms"], "teacher", "cut"):
         parser.error(f"--against {asked.against}: is no arm; choose from {', '.join(SAID['arms'])}")
+    if asked.control and (odd := [arm for arm in asked.arms if {"phases", "with"} & {*SAID["arms"][arm]}]):
+        parser.error(f"--control: {odd[0]} has phases or another trainer, and no control; leave one of them out")
     asked.out, asked.data_dir = (asked.out / asked.model).resolve(), asked.data_dir and asked.data_dir.resolve()
     asked.spread = asked.data_dir and spread(asked.data_dir, asked.out / f"data-{asked.limit}", asked.limit)
     teacher, cut = teacher_of(asked), asked.out / "cut"
@@ -93,6 +96,8 @@ def main(words: Sequence[str] | None = None) -> None:
         for arm in asked.arms:
             name = f"{arm}-{asked.tokens}-{seed}"
             score(asked, name, heal(asked, name, SAID["arms"][arm], seed))
+            if asked.control:
+                score(asked, f"{arm}_{CONTROL}-{asked.tokens}-{seed}", control_of(asked, name, SAID["arms"][arm], seed))
 
 
 def spread(data_dir: Path, folder: Path, limit: int) -> str:
@@ -151,6 +156,17 @@ def heal(asked: argparse.Namespace, name: str, arm: Mapping[str, Any], seed: int
     return student
 
 
+def control_of(asked: argparse.Namespace, name: str, arm: Mapping[str, Any], seed: int) -> Path:
+    """The folder of the intact model after the training of an arm of one phase, beside the student."""
+    run_dir = asked.out / "runs" / name / "phase0"
+    if not (run_dir / CONTROL / Training.FILE).is_file():
+        file = recipe(asked, run_dir, arm, tokens=asked.tokens, seed=seed)
+        settings = json.loads(file.read_bytes())
+        write_json(file, {**settings, "eval": {**settings["eval"], "control": True}})
+        train(None, run_dir / CONTROL, file)
+    return run_dir / CONTROL / "distilled"
+
+
 def recipe(asked: argparse.Namespace, run_dir: Path, arm: Mapping[str, Any], *, tokens: int, seed: int) -> Path:
     """The file of the quickstart's recipe with what an arm has otherwise."""
     quickstart = read_yaml((HERE.parent / "configs" / "quickstart.yaml").read_text())["distill"]
@@ -194,14 +210,15 @@ def train(other: str | None, run_dir: Path, file: Path) -> None:
     finally:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        write_json(run_dir / USAGE, {"processor_seconds": spent + used(run_dir)})
+        write_json(run_dir / USAGE, {"processor_seconds": spent + used([run_dir])})
         for number, handler in own.items():
             signal.signal(number, handler)
 
 
-def used(run: Path) -> float:
-    """Processor time of the trainings below a folder, in seconds."""
-    return sum(json.loads(file.read_bytes())["processor_seconds"] for file in run.rglob(USAGE))
+def used(run_dirs: Iterable[Path]) -> float:
+    """Processor time of trainings, in seconds."""
+    files = [file for run_dir in run_dirs if (file := run_dir / USAGE).is_file()]
+    return sum(json.loads(file.read_bytes())["processor_seconds"] for file in files)
 
 
 def score(asked: argparse.Namespace, name: str, model: Path) -> None:
@@ -322,12 +339,14 @@ def costs(out: Path, name: str) -> dict[str, Any]:
     made = out / "made" / f"{name}.json"
     if not made.is_file():
         return {}
-    trainings = [Training.load(file) for file in (out / "runs" / name).rglob(Training.FILE)]
+    arm, of_control, rest = name.partition(f"_{CONTROL}-")
+    where = f"{arm}-{rest}/phase0/{CONTROL}" if of_control else f"{name}/phase*"
+    trained = {file.parent: Training.load(file) for file in (out / "runs").glob(f"{where}/{Training.FILE}")}
     return {
-        "tokens": sum(one.num_tokens for one in trainings),
-        "steps": sum(one.num_steps for one in trainings),
-        "seconds": round(sum(one.seconds for one in trainings)),
-        "processor_seconds": round(used(out / "runs" / name)),
+        "tokens": sum(one.num_tokens for one in trained.values()),
+        "steps": sum(one.num_steps for one in trained.values()),
+        "seconds": round(sum(one.seconds for one in trained.values())),
+        "processor_seconds": round(used(trained)),
         **json.loads(made.read_bytes()),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from results import counted
-from tiny import tiny_checkpoint
+from tiny import NUM_LAYERS, tiny_checkpoint
 
 from benchmarks import recovery
 from shoal.artifacts.evaluation import TaskScore
@@ -81,6 +82,7 @@ def test_the_command_heals_scores_and_goes_on(tmp_path: Path, monkeypatch: pytes
     phases = [{"share": 0.5, "trainable": "all"}, {"share": 0.5}]
     monkeypatch.setitem(recovery.SAID["arms"], "two", {"data": {"instructions": 1}, "phases": phases})
     monkeypatch.setitem(recovery.SAID["arms"], "other", {"with": "trl", "data": {"instructions": 1}})
+    monkeypatch.setitem(recovery.SAID["arms"], "plain", {"data": {"instructions": 1}, "trainable": "all"})
     recovery.main([*words, "two", "other"])
     out = tmp_path / "out" / "tiny"
     rows = list(csv.DictReader((out / "table.csv").open()))
@@ -90,6 +92,12 @@ def test_the_command_heals_scores_and_goes_on(tmp_path: Path, monkeypatch: pytes
     assert all(float(row["processor_seconds"]) > 1 for row in healed)
     second = out / "runs" / "two-16384-0" / "phase1"
     assert (second / "student").resolve() == second.with_name("phase0") / "distilled"
+    recovery.main([*words, "plain", "--control"])
+    told = {row["name"]: row for row in csv.DictReader((out / "table.csv").open()) if not row["task"]}
+    both = [told["plain-16384-0"], told["plain_control-16384-0"]]
+    assert [(row["tokens"], row["steps"]) for row in both] == [("16384", "16")] * 2
+    control = json.loads((out / "runs/plain-16384-0/phase0/control/distilled/config.json").read_bytes())
+    assert control["num_hidden_layers"] == NUM_LAYERS, "nothing is cut from it"
     shutil.rmtree(out / "scores" / "two-16384-0")
     before = second.joinpath("distill.json").read_bytes()
     recovery.main([*words, "two"])
