@@ -21,8 +21,8 @@ from shoal.artifacts.plan import Plan
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import OWN_FOLDER, copy_beside, has_tokenizer
-from shoal.models.load import load_tokenizer, refuse_incomplete
+from shoal.models.checkpoint_files import OWN_FOLDER, copy_beside, has_tokenizer, refuse_incomplete
+from shoal.models.load import load_tokenizer
 from shoal.progress import doing
 from shoal.recipe.measure import Measure
 from shoal.recipe.prune import Compensate, Prune, Width

@@ -10,7 +10,7 @@ import shutil
 import struct
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,17 @@ def _refuse_other_weights(folder: Path, shards: Iterable[Shard]) -> None:
     if alike and _sample(*heads[0]) not in [_sample(*own) for own in alike]:
         told = f"config.json has {TIED}: true, but the weights have an lm_head of their own"
         raise UserError(f"{folder}: {told}; set it to false")
+
+
+def refuse_incomplete(folder: Path, family: str, missing: Collection[str], mismatched: Collection[str] = ()) -> None:
+    """Refuse weights that lack tensors or have them in other shapes than config.json says."""
+    if missing:
+        raise UserError(
+            f"{folder}: the weights of {min(missing)} are missing ({len(missing)} tensors in all, for the "
+            f"{family} architecture that config.json names); {DOWNLOAD_AGAIN}"
+        )
+    if mismatched:
+        raise UserError(f"{folder}: {WRONG_SHAPES}")
 
 
 def by_layer(shards: Iterable[Shard], num_layers: int, amount: Callable[[StoredTensor], int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,7 @@ from shoal.models.checkpoint_files import (
     check_checkpoint,
     check_config,
     read_shards,
+    refuse_incomplete,
     refuse_no_tokenizer,
 )
 from shoal.models.families import family
@@ -331,17 +332,6 @@ def align_weights(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
-
-
-def refuse_incomplete(folder: Path, family: str, missing: Collection[str], mismatched: Collection[str] = ()) -> None:
-    """Refuse weights that lack tensors or have them in other shapes than config.json says."""
-    if missing:
-        raise UserError(
-            f"{folder}: the weights of {min(missing)} are missing ({len(missing)} tensors in all, for the "
-            f"{family} architecture that config.json names); {DOWNLOAD_AGAIN}"
-        )
-    if mismatched:
-        raise UserError(f"{folder}: {WRONG_SHAPES}")
 
 
 def refuse_broken_weights(models: Mapping[str, nn.Module | None]) -> None:

@@ -40,6 +40,8 @@ KINDS: dict[str, Any] = {
 }
 """Words of transformers' configurations for types -> those of JSON."""
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
+PLAIN_WEIGHT = re.compile(r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(self_attn\.)?\w+norm)\.(weight|bias)")
+"""Weights of a layer in families whose layers of one kind have the same."""
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 """What torch.compile, DistributedDataParallel and PEFT put before names of weights."""
 
@@ -113,8 +115,8 @@ def _is_of_its_type(value: Any, key: str, declared: str) -> bool:
 
 
 def refuse_weights(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse weights of these ``shapes``, by name, that lack a layer, or of which none fits the vocabulary or the heads
-    of config.json; all may be right that have several stacks of layers."""
+    """Refuse weights of these ``shapes``, by name, that lack a layer or what all others of one kind have, or of which
+    none fits the vocabulary or the heads of config.json; all may be right that have several stacks of layers."""
     text = files.text_part(dict(config))
     numbers = [text.get(key) for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")]
     count, heads, groups = (number if type(number) is int and number > 0 else 0 for number in numbers)
@@ -128,6 +130,15 @@ def refuse_weights(folder: Path, config: Mapping[str, Any], shapes: Mapping[str,
     if (missing := {*range(count)} - there) and count % len(there):  # some families count the halves of layers
         told = f"the weights of {min(stacks)}.{min(missing)} are missing, and config.json has {count} layers"
         raise UserError(f"{folder}: {told}; {files.DOWNLOAD_AGAIN}")
+    layers_with: dict[str, set[int]] = {}
+    for place in places:
+        layers_with.setdefault(place.string[place.end() :], set()).add(int(place[2]))
+    kinds = text.get("layer_types")
+    is_mixed = isinstance(kinds, list) and kinds != kinds[:1] * len(kinds)
+    if not is_mixed and all(map(PLAIN_WEIGHT.fullmatch, layers_with)):
+        all_but_one = {name: own for name, own in layers_with.items() if 1 < len(own) == len(there) - 1}
+        missing = [f"{min(stacks)}.{min(there - own)}.{name}" for name, own in all_but_one.items()]
+        files.refuse_incomplete(folder, str(config.get("model_type")), missing)
     rows = {shape[0] for name, shape in shapes.items() if len(shape) == 2 and not LAYER.match(name)}
     ends = [(name, name.replace("q_proj", "k_proj")) for name in shapes if name.endswith("q_proj.weight")]
     both = [(shapes[query][0], shapes[key][0]) for query, key in ends if key in shapes and heads and groups]

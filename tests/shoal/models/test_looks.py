@@ -11,7 +11,7 @@ import torch
 from architectures import ARCHITECTURES, census
 from architectures import tiny_model as tiny_architecture
 from safetensors.torch import load_file, save_file
-from tiny import SHAPE, set_json, tiny_checkpoint, tiny_moe
+from tiny import SHAPE, set_json, tiny_checkpoint, tiny_model, tiny_moe
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # 
 
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import check_checkpoint, read_shards
+from shoal.models.load import load_model
 from shoal.models.looks import chat_template, refuse_config, refuse_tokenizer, refuse_weights
 
 LLAMA: dict[str, Any] = {"model_type": "llama", **SHAPE}
@@ -79,6 +80,31 @@ def test_experts_pass(tmp_path: Path) -> None:
 def test_weights_of_another_model_are_refused(changes: dict[str, Any], message: str, teacher: Path) -> None:
     with pytest.raises(UserError, match=message):
         look(teacher, **changes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3", "mixtral"])
+def test_a_weight_that_one_layer_lacks_is_told_as_when_it_is_loaded(kind: str, tmp_path: Path) -> None:
+    folder, layer = tmp_path / kind, "model.layers.1."
+    (tiny_moe() if kind == "mixtral" else tiny_model(kind)).save_pretrained(folder)
+    whole = load_file(folder / "model.safetensors")
+    for lost in [[name for name in whole if name.startswith(layer)][:-1], [f"{layer}self_attn.k_proj.weight"]]:
+        rest = {name: tensor for name, tensor in whole.items() if name not in lost}
+        save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+        if kind in ("qwen2", "gemma3", "mixtral"):  # layers of two kinds, or of other parts
+            look(folder)
+            continue
+        for tell in (look, load_model):
+            with pytest.raises(
+                UserError, match=rf"{layer}.* are missing \({len(lost)} tensors in all, for the {kind} "
+            ):
+                tell(folder)
+
+
+@pytest.mark.parametrize("changes", [{"layer_types": 5}, {"layer_types": []}])
+def test_kinds_that_are_none_are_looked_at(changes: dict[str, Any], teacher: Path) -> None:
+    config = {**json.loads((teacher / "config.json").read_text()), **changes}
+    names = {name: tensor.shape for shard in read_shards(teacher) for name, tensor in shard.tensors.items()}
+    refuse_weights(teacher, config, names)
 
 
 @pytest.mark.parametrize(
