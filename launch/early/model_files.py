@@ -12,6 +12,7 @@ from shoal.compress import free_layers
 from shoal.errors import UserError
 from shoal.model_names import DEMO_PREFIX
 from shoal.models import checkpoint_files as files
+from shoal.models.looks import chat_template, refuse_config, refuse_tokenizer, refuse_weights
 from shoal.recipe.distill import Recorded
 from shoal.recipe.losses import NO_GRADIENT, HiddenStates
 from shoal.recipe.prune import CutThese, Target, Width
@@ -96,8 +97,6 @@ def _goals(asked: Asked, target: Target, num_layers: int) -> free_layers.Goals |
 def refuse_checkpoint(asked: Asked) -> None:
     """Refuse a model of a family that transformers does not know, weights that are not those of config.json, and a
     damaged tokenizer."""
-    from shoal.models.looks import chat_template, refuse_config, refuse_tokenizer, refuse_weights
-
     config, folder = asked.described
     if asked.recipe.model.startswith(DEMO_PREFIX):
         return

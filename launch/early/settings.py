@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import chain, islice
 from typing import Any
 
@@ -13,6 +16,7 @@ from shoal.artifacts.importance import Importance
 from shoal.errors import UserError
 from shoal.eval.tasks import names
 from shoal.inference.vllm import check_vllm
+from shoal.models.looks import chat_template, token_counter
 from shoal.ranks import NO_GPU, may_have_devices, no_gpu, refuse_crowd
 from shoal.recipe.distill import SMALL, Live, Recorded, TrainingSource
 from shoal.recipe.evaluate import NO_TEMPLATE
@@ -25,6 +29,8 @@ from .asked import CUT, MEASURE, SCORE, TRAIN, Asked
 
 FIRST_CHARACTERS, FIRST_DOCUMENTS = 4096, 20
 """Text and documents of a file that are looked at."""
+MOST_SECONDS = 2.0
+"""Of processor time for conversations that teach nothing; what is not told by then is told later."""
 MANY_TOKENS = 10**8
 """Tokens that every machine has room for."""
 
@@ -84,8 +90,6 @@ def refuse_distillation(asked: Asked) -> None:
 
 def refuse_scoring(asked: Asked) -> None:
     """Refuse tasks that are unknown, or cannot be asked as section `eval` says."""
-    from shoal.models.looks import chat_template
-
     settings = asked.recipe.eval
     if settings.apply_chat_template and asked.plain is not None and chat_template(asked.plain) == "":
         raise UserError(NO_TEMPLATE)
@@ -130,17 +134,21 @@ def refuse_data(asked: Asked) -> None:
 def _conversations(asked: Asked, source: DataSource, first: list[Any], others: Iterator[Any]) -> None:
     """Refuse conversations, the ``first`` and ``others``, that the model's chat template does not take, or of which no
     token is learnt."""
-    from shoal.data.chat import ASSISTANT, MARKS_ITSELF, check_template, nothing_learnt
-    from shoal.models.looks import chat_template
+    from shoal.data.chat import MARKS_ITSELF, check_template, nothing_learnt
 
-    template = chat_template(asked.plain) if asked.plain is not None else None
-    if template is None:
+    distill, counter, began = asked.recipe.distill, cache(token_counter), time.process_time()
+    if asked.plain is None or (template := chat_template(asked.plain)) is None:
         return
     check_template(template, source.path, first=first[0])
-    answers = (turn["role"] == ASSISTANT for chat in chain(first, others) for turn in chat.messages[1:])
-    is_learnt = MARKS_ITSELF.search(template) or asked.recipe.distill.on_policy is not None
-    if source.assistant_only and not is_learnt and not any(answers):
-        raise nothing_learnt(source)
+    is_learnt = MARKS_ITSELF.search(template) or distill.on_policy is not None
+    if is_learnt or not source.assistant_only:
+        return
+    room = distill.sequence_length if distill.packing == "bfd" else sys.maxsize
+    for question in (chat.question for chat in chain(first, others)):
+        is_short = question is not None and (len(question) < room or counter(asked.plain)(question) < room)
+        if is_short or time.process_time() - began > MOST_SECONDS:
+            return
+    raise nothing_learnt(source)
 
 
 def _sources(asked: Asked) -> Iterator[DataSource]:

@@ -40,6 +40,12 @@ class Chat:
         """Number of characters: about as many bytes as it takes."""
         return sum(len(str(value)) for message in self.messages for value in message.values())
 
+    @property
+    def question(self) -> str | None:
+        """Text of the turn that the assistant answers first; None if it answers none."""
+        pairs = itertools.pairwise(self.messages)
+        return next((_said(turn.get("content")) for turn, answer in pairs if answer["role"] == ASSISTANT), None)
+
 
 @dataclass(frozen=True)
 class ImageRow:

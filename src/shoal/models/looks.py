@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,19 @@ def refuse_tokenizer(folder: Path) -> None:
             problem = f"ValueError: {name} {own!r} of tokenizer_config.json is not in the vocabulary"
     if problem:
         raise UserError(f"{folder}: {files.NO_TOKENIZER.format(problem)}")
+
+
+def token_counter(folder: Path) -> Callable[[str], int]:
+    """What counts the tokens of a text with the tokenizer in ``folder``; it counts none if tokenizer.json is no use."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / files.TOKENIZER_FILES[0]))
+    except Exception:  # the library raises no other
+        return lambda _: 0
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
 def chat_template(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 import trl
 from cases import cases
 from packed_rows import labels_of
-from tiny import tiny_tokenizer
+from tiny import tiny_checkpoint, tiny_tokenizer
 
 from shoal.data.chat import Chat, chat_of, tokenised
 from shoal.data.sources import sources_fingerprint
 from shoal.data.streams import check_source, pack
 from shoal.errors import UserError
+from shoal.launch.early import settings
+from shoal.launch.early.asked import Asked
+from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import DataSource, Messages, PromptCompletion
 
 CASES = cases(__file__)
@@ -167,6 +171,36 @@ def test_rows_in_which_nothing_is_learnt_are_left_out(tmp_path: Path) -> None:
     count = rows.counts[source.path]
     assert count["truncated"] > 0
     assert count["tokens"] == rows.input_ids_NS.numel()
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [
+        ({}, True),
+        ({"sequence_length": 512}, False),
+        ({"packing": "wrapped"}, False),
+        ({"on_policy": {"max_new_tokens": 8}}, False),
+        ({"data.column.loss_on": "all"}, False),
+        ({"rows": 1}, False),
+        ({"seconds": 0}, False),
+        ({"tokenizer.json": "{}"}, False),
+    ],
+    ids=str,
+)
+def test_questions_longer_than_rows_are_told_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], *, is_refused: bool
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", "llama")
+    column = {"prompt": "q", "completion": "a", "loss_on": changes.pop("data.column.loss_on", "assistant")}
+    rows = [{"q": "x" * 200, "a": "That."}] * 40 + [{"q": "What?", "a": "That."}] * changes.pop("rows", 0)
+    data = {"path": written(tmp_path, rows), "column": column}
+    monkeypatch.setattr(settings, "MOST_SECONDS", changes.pop("seconds", 10))
+    if text := changes.pop("tokenizer.json", None):
+        (folder / "tokenizer.json").write_text(text)
+    distill = {"sequence_length": 64, "packing": "bfd", "data": data, **changes}
+    recipe = parse_recipe({"model": str(folder), "run_dir": str(tmp_path / "run"), "distill": distill})
+    with pytest.raises(UserError, match="no conversation has a token") if is_refused else contextlib.nullcontext():
+        settings.refuse_data(Asked("distill", recipe))
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
