@@ -12,16 +12,13 @@ from shoal.compress import free_layers
 from shoal.errors import UserError
 from shoal.model_names import DEMO_PREFIX
 from shoal.models import checkpoint_files as files
-from shoal.models.looks import chat_template, refuse_config, refuse_tokenizer, refuse_weights
+from shoal.models.looks import PLAIN_WEIGHT, chat_template, refuse_config, refuse_tokenizer, refuse_weights
 from shoal.recipe.distill import Recorded
 from shoal.recipe.losses import NO_GRADIENT, HiddenStates
 from shoal.recipe.prune import CutThese, Target, Width
 from shoal.recipe.recipe import Recipe
 
 from .asked import CUT, SCORE, TRAIN, Asked
-
-PLAIN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-"""Weights of layers that a model has under the names that they are stored by."""
 
 
 def refuse_layers(asked: Asked) -> None:
@@ -64,9 +61,9 @@ def _frozen(asked: Asked) -> None:
         for term in terms if lowest < stay else ():
             term.refuse_frozen(term.layers or (lowest,), lowest, stay)
     stored = (item for shard in asked.shards for item in shard.tensors.items())
-    linear = {name.removesuffix(".weight") for name, tensor in stored if ".layers." in name and len(tensor.shape) == 2}
-    if distill.lora is not None and linear and {name.rpartition(".")[2] for name in linear} <= PLAIN:
-        distill.lora.chosen(sorted(linear))
+    linear = sorted(name for name, tensor in stored if ".layers." in name and len(tensor.shape) == 2)
+    if distill.lora is not None and linear and all(map(PLAIN_WEIGHT.search, linear)):
+        distill.lora.chosen([name.removesuffix(".weight") for name in linear])
 
 
 def _goals(asked: Asked, target: Target, num_layers: int) -> free_layers.Goals | None:

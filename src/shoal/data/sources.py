@@ -117,11 +117,9 @@ def with_column(source: Source, row: Any) -> Source:
     if source.column is not None:
         return source
     if (column := column_in(row)) is None:
-        found = (
-            f"the columns {', '.join(map(str, row))}"
-            if isinstance(row, Mapping)
-            else f"values of type {type(row).__name__}"
-        )
+        found = f"values of type {type(row).__name__}"
+        if isinstance(row, Mapping):
+            found = f"the columns {', '.join(map(str, row))}"
         raise UserError(
             f"data {source.path!r}: the first row holds {found}; give texts, or rows with `messages`, `prompt` and "
             "`completion`, or `text`, or name the source's `column`"

@@ -26,30 +26,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from shoal.errors import UserError
 from shoal.machine import available_memory, device_memory, ranks_on_this_node
+from shoal.models import checkpoint_files as files
 from shoal.models.anatomy import text_config
 from shoal.models.attention import implementation
-from shoal.models.checkpoint_files import (
-    DOWNLOAD_AGAIN,
-    NEEDS_CODE,
-    NO_END,
-    NO_TOKENIZER,
-    NOT_CAUSAL,
-    UNKNOWN_TYPE,
-    WRONG_SHAPES,
-    Shard,
-    check_checkpoint,
-    check_config,
-    read_shards,
-    refuse_incomplete,
-    refuse_no_tokenizer,
-)
+from shoal.models.checkpoint_files import DOWNLOAD_AGAIN
 from shoal.models.families import family
 from shoal.progress import doing
 from shoal.ranks import rank, world_size
@@ -61,11 +45,11 @@ ALIGNMENT = 64
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Plain floating-point dtypes by their names in safetensors files."""
 SAID = {
-    "trust_remote_code": NEEDS_CODE,
-    "model type": UNKNOWN_TYPE,
-    "Unrecognized configuration class": NOT_CAUSAL,
+    "trust_remote_code": files.NEEDS_CODE,
+    "model type": files.UNKNOWN_TYPE,
+    "Unrecognized configuration class": files.NOT_CAUSAL,
     "attn_implementation": "does not have the attention that the recipe sets; set attn_implementation: auto",
-    "ignore_mismatched_sizes": WRONG_SHAPES,
+    "ignore_mismatched_sizes": files.WRONG_SHAPES,
     "negative dimension": f"config.json gives a negative size; {DOWNLOAD_AGAIN}",
 }
 """Words of a library's error -> what they mean."""
@@ -94,8 +78,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         UserError: none there, a damaged one, one that needs code, one with neither pad nor end token, or with more
             tokens than the model beside it has embeddings.
     """
-    refuse_no_tokenizer(folder)  # of some families transformers would make one that knows no word
-    with _explained(folder, NO_TOKENIZER):
+    files.refuse_no_tokenizer(folder)  # of some families transformers would make one that knows no word
+    with _explained(folder, files.NO_TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if not isinstance(tokenizer.model_max_length, int | float):
             raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}")
@@ -128,7 +112,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def pad_with_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Let ``tokenizer``, called ``name`` in messages, pad with its end token."""
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{name}: {NO_END}")
+        raise UserError(f"{name}: {files.NO_END}")
     tokenizer.pad_token = tokenizer.eos_token
 
 
@@ -200,7 +184,7 @@ def load_model(
         UserError: an architecture this transformers does not know, remote code without consent, a damaged file, weights
             that do not fit the configuration or are missing: transformers would fill those with random numbers.
     """
-    check_checkpoint(folder)
+    files.check_checkpoint(folder)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     placed: dict[str, Any] = {}
     if offload is not None and (rooms := rooms_to_share(folder, config, dtype, torch.device(device))):
@@ -219,7 +203,7 @@ def load_model(
             **placed,
         )
     model, report = loaded
-    refuse_incomplete(folder, model.config.model_type, report["missing_keys"])
+    files.refuse_incomplete(folder, model.config.model_type, report["missing_keys"])
     if unused := sorted(report["unexpected_keys"]):
         log.warning("%s: ignores %d tensors that do not belong to the model (%s, ...)", folder, len(unused), unused[0])
     return model.eval() if placed else model.to(device).eval()
@@ -230,7 +214,7 @@ def named_dtype(name: str) -> torch.dtype | None:
     return None if name == "stored" else getattr(torch, name)
 
 
-def loaded_dtype(config: PreTrainedConfig, wanted: str = "stored", shards: Iterable[Shard] = ()) -> torch.dtype:
+def loaded_dtype(config: PreTrainedConfig, wanted: str = "stored", shards: Iterable[files.Shard] = ()) -> torch.dtype:
     """The precision of a model of ``config`` that is loaded as ``wanted``: a name of torch's, or "stored".
 
     Stored is what transformers takes it for: what config.json says, else the first floating-point tensor of ``shards``;
@@ -246,7 +230,7 @@ def loaded_dtype(config: PreTrainedConfig, wanted: str = "stored", shards: Itera
 
 def loaded_bytes(folder: Path, config: PreTrainedConfig, wanted: str = "stored") -> int:
     """Bytes of the weights in ``folder`` in the precision that they are loaded in; quantised ones stay as stored."""
-    shards = read_shards(folder)
+    shards = files.read_shards(folder)
     size, is_quantised = loaded_dtype(config, wanted, shards).itemsize, hasattr(config, "quantization_config")
     return sum(
         part.end - part.start if is_quantised or part.dtype not in FLOATS else size * math.prod(part.shape)
@@ -303,9 +287,9 @@ class Checkpoint:
         """
         return loaded_dtype(self.config, wanted or self.load.dtype, self._headers())
 
-    def _headers(self) -> Iterator[Shard]:
+    def _headers(self) -> Iterator[files.Shard]:
         if any(self.folder.glob("*.safetensors")):  # none of a student that is still to be written
-            yield from read_shards(self.folder)
+            yield from files.read_shards(self.folder)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer; raises as load_tokenizer does."""
@@ -370,24 +354,24 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: one that transformers cannot read, or of no model that writes text from left to right.
     """
-    check_config(folder)  # shows what is wrong before transformers makes a list of layers
+    files.check_config(folder)  # shows what is wrong before transformers makes a list of layers
     with _explained(folder, f"config.json cannot be used ({{}}); correct it, or {DOWNLOAD_AGAIN}"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def reads_images(config: PreTrainedConfig) -> bool:
     """Whether a model of ``config`` is loaded with the tower through which it reads images."""
-    text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    with_tower = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    with_tower = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
     return has_no_text_model(config) or (text is not None and text == with_tower)
 
 
 def has_no_text_model(config: PreTrainedConfig) -> bool:
     """Whether transformers has models of this type that read images, and no text model, or one that cannot be loaded
     again once saved."""
-    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or config.is_encoder_decoder:
+    if config.model_type not in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or config.is_encoder_decoder:
         return False
-    alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    alone = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return not alone or family(text_config(config).model_type).with_images
 
 

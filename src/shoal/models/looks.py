@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,10 @@ OTHERS = (*files.OTHER_VOCABULARIES, "tekken*", "*.py")
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of tokenizers of no family, which know only what lies in files."""
 SPECIAL = ("eos_token", "pad_token", "bos_token")
-NUMBER, NONE = int | float, type(None)
-KINDS: dict[str, Any] = {
-    "int": NUMBER,
-    "float": NUMBER,
-    "bool": bool,
-    "str": str,
-    "None": NONE,
-    "list": list,
-    "dict": dict,
-}
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (bool, str, list, dict)}
+KINDS |= {"int": int | float, "float": int | float, "None": type(None)}
 """Words of transformers' configurations for types -> those of JSON."""
-LAYER = re.compile(r"(.*?)\.(\d+)\.")
+LAYER = re.compile(r"(.*?)\.(\d+)\.(.*)")
 PLAIN_WEIGHT = re.compile(r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(self_attn\.)?\w+norm)\.(weight|bias)")
 """Weights of a layer in families whose layers of one kind have the same."""
 WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
@@ -130,15 +123,12 @@ def refuse_weights(folder: Path, config: Mapping[str, Any], shapes: Mapping[str,
     if (missing := {*range(count)} - there) and count % len(there):  # some families count the halves of layers
         told = f"the weights of {min(stacks)}.{min(missing)} are missing, and config.json has {count} layers"
         raise UserError(f"{folder}: {told}; {files.DOWNLOAD_AGAIN}")
-    layers_with: dict[str, set[int]] = {}
-    for place in places:
-        layers_with.setdefault(place.string[place.end() :], set()).add(int(place[2]))
-    kinds = text.get("layer_types")
+    often, kinds = Counter(place[3] for place in places), text.get("layer_types")
     is_mixed = isinstance(kinds, list) and kinds != kinds[:1] * len(kinds)
-    if not is_mixed and all(map(PLAIN_WEIGHT.fullmatch, layers_with)):
-        all_but_one = {name: own for name, own in layers_with.items() if 1 < len(own) == len(there) - 1}
-        missing = [f"{min(stacks)}.{min(there - own)}.{name}" for name, own in all_but_one.items()]
-        files.refuse_incomplete(folder, str(config.get("model_type")), missing)
+    if not is_mixed and all(map(PLAIN_WEIGHT.fullmatch, often)):
+        of_all_but_one = [name for name, times in often.items() if 1 < times == len(there) - 1]
+        whole = {f"{min(stacks)}.{layer}.{name}" for layer in there for name in of_all_but_one}
+        files.refuse_incomplete(folder, str(config.get("model_type")), whole - shapes.keys())
     rows = {shape[0] for name, shape in shapes.items() if len(shape) == 2 and not LAYER.match(name)}
     ends = [(name, name.replace("q_proj", "k_proj")) for name in shapes if name.endswith("q_proj.weight")]
     both = [(shapes[query][0], shapes[key][0]) for query, key in ends if key in shapes and heads and groups]

@@ -191,6 +191,7 @@ def test_questions_longer_than_rows_are_told_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], *, is_refused: bool
 ) -> None:
     folder = tiny_checkpoint(tmp_path / "model", "llama")
+    changes = {**changes}
     column = {"prompt": "q", "completion": "a", "loss_on": changes.pop("data.column.loss_on", "assistant")}
     rows = [{"q": "x" * 200, "a": "That."}] * 40 + [{"q": "What?", "a": "That."}] * changes.pop("rows", 0)
     data = {"path": written(tmp_path, rows), "column": column}
