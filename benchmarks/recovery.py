@@ -194,7 +194,8 @@ def recipe(asked: argparse.Namespace, run_dir: Path, arm: Mapping[str, Any], *, 
 def source(asked: argparse.Namespace, word: str) -> dict[str, Any]:
     """The source of distill.data that a text of recovery.yaml is here."""
     text = SAID["texts"][word]
-    return {"path": f"{asked.spread}/{text['file']}"} if asked.spread and "file" in text else text["hub"]
+    place = {"path": f"{asked.spread}/{text['file']}"} if asked.spread and "file" in text else text["hub"]
+    return {**place, **text.get("with", {})}
 
 
 def train(other: str | None, run_dir: Path, file: Path) -> None:
@@ -241,7 +242,7 @@ def held_out(asked: argparse.Namespace, model: Path) -> dict[str, float]:
     folder, dtype, found = teacher_of(asked), fast_dtype(torch.device("cpu")).dtype, {}
     models = [load_model(one, dtype=dtype) for one in (folder, model)]
     for word, text in SAID["texts"].items():
-        if "file" in text and asked.spread:
+        if "file" in text and "with" not in text and asked.spread:  # running text
             source = DataSource(path=f"{asked.spread}/held_out/{Path(text['file']).name}")
             rows = pack([(source, None)], load_tokenizer(folder), sequence_length=512, num_tokens=4096, seed=0)
             with torch.inference_mode():
