@@ -18,6 +18,7 @@ DEMO_MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     )
 }
 """Name -> package that contains the file, the file, the first digits of its SHA-256, part of its config.json."""
+HUB = "https://huggingface.co/"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -27,7 +28,7 @@ def names_model(name: str) -> bool:
     if folder.exists():
         return any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
     # a path beside others that are there is a misspelt folder; recipes are .yaml, and runs/ holds runs
-    return name.startswith(DEMO_PREFIX) or (
+    return name.startswith((DEMO_PREFIX, HUB)) or (
         re.fullmatch(r"[\w-][^/]*/[^/]+(?<!\.yaml)(?<!\.yml)", name) is not None
         and folder.parent.name != "runs"
         and not folder.parent.is_dir()
@@ -53,6 +54,9 @@ def refuse_no_model(name: str, revision: str | None = None) -> None:
         if name.removeprefix(DEMO_PREFIX) not in DEMO_MODELS:
             known_models = ", ".join(DEMO_PREFIX + known for known in DEMO_MODELS)
             raise UserError(f"model {name!r}: no demo model has this name; shipped are {known_models}")
+    elif name.startswith(HUB):
+        owner_and_name = "/".join(name.removeprefix(HUB).split("/")[:2])
+        raise UserError(f"model {name!r}: is an address; give the model's id, {owner_and_name}")
     elif Path(name).expanduser().is_file():
         raise UserError(f"model {name!r}: is a file; give the folder of a checkpoint, a Hub id or demo:<name>")
     elif (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).expanduser().exists():

@@ -146,9 +146,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     kinds = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5")
     others = sorted(file.name for file in folder.iterdir() if file.suffix in kinds)
+    found = f"only {', '.join(others)}" if others else "nor any other weights"
     raise UserError(
-        f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there, only {', '.join(others) or 'no weights'}; give "
-        "a complete checkpoint in safetensors (shoal opens no pickled weights, GGUF or TensorFlow's: convert them)"
+        f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there, {found}; give a complete checkpoint in "
+        "safetensors (shoal opens no pickled weights, GGUF or TensorFlow's; save_pretrained of transformers converts)"
     )
 
 

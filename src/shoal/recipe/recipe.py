@@ -148,8 +148,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
-    if file.suffix in (".html", ".md"):
-        raise UserError(f"{file}: is a page, not a recipe; name a recipe, a run directory or a model's folder")
+    if kind := {".html": "a page", ".md": "a page", ".safetensors": "weights", ".bin": "weights"}.get(file.suffix):
+        raise UserError(f"{file}: is {kind}, not a recipe; name a recipe, a run directory or a model's folder")
     try:
         raw = read_yaml(file.read_text(encoding="utf-8"))
     except (YAMLError, UnicodeDecodeError) as error:
