@@ -49,30 +49,15 @@ Folders:
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
-PLACES = {
-    "Comparison": "shoal.launch.api.evaluating",
-    "DistillationConfig": "shoal.train.engine.distillation_config",
-    "DistillationTrainer": "shoal.train.distillation_trainer",
-    "Importance": "shoal.artifacts.importance",
-    "Plan": "shoal.artifacts.plan",
-    "Run": "shoal.launch.api.running",
-    "Scores": "shoal.artifacts.evaluation",
-    "Training": "shoal.artifacts.training",
-    "UserError": "shoal.errors",
-    "choose_layers": "shoal.launch.api.compressing",
-    "compare": "shoal.launch.api.evaluating",
-    "cut_model": "shoal.launch.api.compressing",
-    "distill": "shoal.launch.api.training",
-    "evaluate": "shoal.launch.api.evaluating",
-    "measure_importance": "shoal.launch.api.compressing",
-    "push_to_hub": "shoal.launch.api.running",
-    "run": "shoal.launch.api.running",
-}
-"""Module of every name above, loaded when the name is first used: torch and transformers take seconds."""
-__all__ = [*PLACES]
+_STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+PLACES = {name: module for module, name in re.findall(r"^from (\S+) import (\w+) as", _STUB, re.MULTILINE)}
+"""Module of every public name, loaded when the name is first used: torch and transformers take seconds."""
+__all__ = sorted(PLACES)
 
 
 def __getattr__(name: str) -> Any:

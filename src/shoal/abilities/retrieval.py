@@ -22,13 +22,7 @@ from shoal.abilities.item import (
     words_in,
 )
 
-FILLERS = (
-    "{name} put the {thing} into the {place}.",
-    "{name} could not find the {thing} in the {place}.",
-    "There is a {thing} in the {place} that {name} likes.",
-    "{name} went to the {place} and came back with a {thing}.",
-    "Nobody but {name} knows why the {thing} is in the {place}.",
-)
+FILLERS: list[str] = words.table("words")["fillers"]
 DECOY = "{name} counted to {number} in the {place}."
 """Where there are fewer needles than options, the wrong codes stand in sentences like this one."""
 NEEDLE = "The code of the {key} is {number}."

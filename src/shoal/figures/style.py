@@ -20,17 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-STYLE: dict[str, Any] = own_yaml(__file__)
+_TABLES = own_yaml(__file__)
+STYLE: dict[str, Any] = _TABLES["matplotlib"]
 """Settings of matplotlib."""
 INK, FAINT = STYLE["text.color"], STYLE["grid.color"]
 """Text and axes, which become the reader's own text colour in inline SVG; lines of the grid."""
-ROLE_STYLE = {
-    "teacher": ("#7d8590", "s"),
-    "pruned": ("#d55e00", "v"),
-    "control": ("#b08900", "D"),
-    "distilled": ("#1f86c8", "o"),
-    "model": ("#0f9d75", "^"),
-}
+ROLE_STYLE: dict[str, tuple[str, str]] = _TABLES["roles"]
 """Role -> colour and marker."""
 SERIES_COLOURS = ("#1f86c8", "#d55e00", "#0f9d75", "#b4699a", "#b08900")
 SERIES_STYLE = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"))
