@@ -8,8 +8,7 @@ from typing import Any
 from shoal.data.image_rows import images_fingerprint
 from shoal.data.sources import sources_fingerprint
 from shoal.recipe.distill import Distill
-from shoal.recipe.section import Shapes, shaping
-from shoal.recipe.trainer_arguments import BATCH_SPLIT, NEUTRAL
+from shoal.recipe.trainer_arguments import BATCH_SPLIT, training_settings
 
 from .dataset import sources_apart
 from .engine.arguments import deepspeed_config, rows_per_step
@@ -23,16 +22,12 @@ def distill_inputs(
     ``teacher`` is the teacher's fingerprint, ``trained`` what tells the model that is trained from it, ``general`` the
     recipe's settings outside its sections.
     """
-    section = shaping(settings, Shapes.TRAINING, "distill.")
-    if settings.watch is None or settings.watch.metric_for_best_model is None:
-        del section["distill.watch"]  # it only looks on
+    section = training_settings(settings)
     # what the file says now, not what it is called; how ZeRO shards the work does not change its result
     section["distill.deepspeed"] = {k: v for k, v in deepspeed_config(settings).items() if k != "zero_optimization"}
-    neutral = {*NEUTRAL, *(BATCH_SPLIT if settings.batch_size is not None else ())}
     if settings.has_images:
         section["distill.data (images)"] = images_fingerprint(settings.data)
-    trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in neutral}
-    return {"model": teacher, **trained, "data": sources_fingerprint(settings.data), **general, **section, **trainer}
+    return {"model": teacher, **trained, "data": sources_fingerprint(settings.data), **general, **section}
 
 
 def checkpoint_inputs(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ LOOKS = (
     Look(model_files.refuse_checkpoint, LOAD),
     Look(run_directory.refuse_results, (*LOAD, "report", "push")),
     Look(run_directory.refuse_made, ("distill", "eval", "report", "push")),
+    Look(run_directory.refuse_trained, ("distill", "run")),
     Look(run_directory.refuse_place, (*LOAD, "report"), if_written=True),
     Look(lambda asked: wandb_mode(asked.recipe.track), (*LOAD, "report", "push"), if_written=True),
     Look(settings.refuse_machine, LOAD),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+from shoal.artifacts.artifact import differences
 from shoal.artifacts.evaluation import CONTROL, ROLES, Scores, Speed
-from shoal.artifacts.identity import Identity
+from shoal.artifacts.identity import Identity, refuse_other_training, step_of
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
@@ -23,6 +25,7 @@ from shoal.recipe.prune import CutThese
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import LOCK
 from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.trainer_arguments import BATCH_SPLIT, training_settings
 
 from .asked import CUT, SCORE, Asked
 from .model_files import by_layer
@@ -122,6 +125,49 @@ def refuse_made(asked: Asked) -> None:
     require_student_of(plan, asked.folder)
     if there[1] and asked.verb != "distill":  # which restores it
         require_model_of(model, Training.FILE, Training.load(trained).settings.get("distilled"))
+
+
+def inputs_of(file: Path) -> dict[str, Any]:
+    """What identifies the result or checkpoint that ``file`` describes; empty where it is not there, or is damaged,
+    which its own stage says in its own words."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        inputs = content.get("internal", content)["inputs"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return inputs if isinstance(inputs, dict) else {}
+
+
+def refuse_trained(asked: Asked) -> None:
+    """Refuse to go on with a training of other settings, as far as the recipe tells: what the model, the machine or the
+    number of ranks decides is compared when it is known."""
+    from shoal.data.sources import local_files, sources_fingerprint  # loads the Hub's library
+
+    manifests = asked.folder.glob("checkpoints/checkpoint-*/manifest.json")
+    newest = max(manifests, key=lambda file: step_of(file.parent), default=None)
+    if newest is None or not (there := inputs_of(newest)):
+        return
+    recipe, prune, trained = asked.recipe, asked.recipe.prune, inputs_of(asked.folder / Training.FILE)
+    settings = {**shaping(recipe, Shapes.TRAINING), **training_settings(recipe.distill)}
+    later = {"distill.watch", *(f"distill.trainer.{key}" for key in BATCH_SPLIT)}
+    later |= {key for key, value in settings.items() if any(word in repr(value) for word in ("'auto'", "'fast'"))}
+    if recipe.max_minutes is not None:
+        later.add("distill.num_tokens")
+    # null may stand for a number that the machine decides on
+    said = {key: value for key, value in settings.items() if value is not None and key not in later}
+    if "distill.data" in said and all(map(local_files, recipe.distill.data)):
+        said["data"] = sources_fingerprint(recipe.distill.data)
+    if isinstance(prune, CutThese):
+        said["prune.drop"] = list(prune.drop)
+    elif prune.target is None and (num_layers := asked.number("num_hidden_layers")) is not None:
+        count = free_layers.count_of(prune, num_layers)
+        if count not in [len(own.get("prune.drop", ())) for own in (trained, there)]:
+            said["prune.drop"] = f"{count} layers"
+    changes = [differences(said, {key: own[key] for key in said.keys() & own.keys()}) for own in (trained, there)]
+    if all(changes):
+        refuse_other_training(newest.parent, changes[1])
 
 
 def refuse_place(asked: Asked) -> None:

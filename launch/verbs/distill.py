@@ -181,8 +181,6 @@ def refuse_other_checkpoints(run: Run) -> None:
 
     if not (run.dir / Plan.FILE).is_file():
         return
-    if not _has_model(run.dir / "student") and not _has_model(run.dir / "distilled"):
-        raise student_missing(run.dir)
     settings = run.recipe.distill
     for folder, asked in trainings(run, read_plan(run)).items():
         if not (folder / "checkpoints").is_dir() or asked.is_there():

@@ -7,7 +7,6 @@ is there already, and otherwise makes it, after making sure of what it needs.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -53,6 +52,7 @@ from shoal.recipe.trainer_arguments import computed_in, precisions_said, read_de
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, check_device, device, environment
 
+from ..early.run_directory import inputs_of
 from .launch import STARTED
 
 log = logging.getLogger(__name__)
@@ -353,25 +353,11 @@ def _begun_in(folder: Path, key: str, values: Sequence[str] = DTYPES) -> tuple[s
     checkpoints = folder.glob("checkpoints/checkpoint-*/manifest.json")
     results = [folder / name for name in ("distill.json", "importance.json", "eval/teacher.json")]
     for file in (*sorted(checkpoints, reverse=True), *results):
-        value = (_mapping(file, "internal", "inputs") or _mapping(file, "inputs")).get(key)
+        value = inputs_of(file).get(key)
         if value in values:
             how = "with" if values is ATTENTION else "in"
             return str(value), f"{file.relative_to(folder)} of this run directory was made {how} {value}"
     return None
-
-
-def _mapping(file: Path, *keys: str) -> dict[str, Any]:
-    """What ``file`` holds under ``keys``; empty where it is not there, or is damaged, which its own stage says in its
-    own words."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        for key in keys:
-            value = value[key]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def resolved(model: str, revision: str | None) -> Path:

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 import shoal
+from shoal.artifacts.training import Training
 from shoal.launch import cli
 
 DEEP = "[" * 20_000 + "]" * 20_000
@@ -75,6 +76,12 @@ def inside(prefix: str) -> Callable[[Path], object]:
     return rename
 
 
+def checkpoint(path: Path) -> None:
+    """The manifest of a checkpoint of the training whose distill.json lies in the run directory."""
+    inputs = Training.load(path.parents[2] / Training.FILE).provenance.inputs
+    path.write_text(json.dumps({"inputs": inputs, "files": {}}))
+
+
 DAMAGE: dict[str, Any] = {
     "DEEP": DEEP,
     "BOMB": BOMB,
@@ -83,6 +90,7 @@ DAMAGE: dict[str, Any] = {
     "cut": cut,
     "added_tokens": added_tokens,
     "inside": inside,
+    "checkpoint": checkpoint,
     "LONG": "a" * 300,
     "copied": lambda name: lambda path: shutil.copytree(path.parent / name, path),
     "copied_file": lambda name: lambda path: shutil.copy(path.parent / name, path),

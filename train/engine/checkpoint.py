@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from shoal.artifacts.artifact import differences
+from shoal.artifacts.identity import refuse_other_training, step_of
 from shoal.atomic_files import cache_dir, file_hash, flush, write_text, written_folder
 from shoal.errors import UserError, explained_disk_errors
 from shoal.machine import num_cores
@@ -104,7 +105,7 @@ def last_complete(folder: Path, inputs: dict[str, Any], *, by_manifest: bool = F
     Raises:
         UserError: the newest finished one belongs to another run, or another user has made it.
     """
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         try:
             manifest = _manifest(checkpoint)
             _refuse_foreign(checkpoint, manifest, inputs)
@@ -118,11 +119,7 @@ def last_complete(folder: Path, inputs: dict[str, Any], *, by_manifest: bool = F
 
 
 def _refuse_foreign(checkpoint: Path, manifest: dict[str, Any], inputs: dict[str, Any]) -> None:
-    if differing := differences(inputs, manifest.get("inputs", {})):
-        raise UserError(
-            f"{checkpoint}: belongs to another run: {'; '.join(differing)}. Set the recipe back, choose another "
-            f"run_dir, or delete {checkpoint.parent} to train from the beginning"
-        )
+    refuse_other_training(checkpoint, differences(inputs, manifest.get("inputs", {})))
     if not is_signed(manifest) and not is_trusted(checkpoint):
         raise UserError(
             f"{checkpoint}: is not signed with your key in {cache_dir()} (another user, an older shoal or another "
@@ -194,7 +191,7 @@ def separate_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
 
 def remove_older(folder: Path, *, keep: int) -> None:
     """Delete all but the newest ``keep`` complete checkpoints. Called after a commit, so that one always remains."""
-    complete = [c for c in sorted(folder.glob("checkpoint-*"), key=_step) if (c / MANIFEST).is_file()]
+    complete = [c for c in sorted(folder.glob("checkpoint-*"), key=step_of) if (c / MANIFEST).is_file()]
     for old in complete[:-keep]:
         (old / MANIFEST).unlink()  # first: a half-deleted checkpoint must not look whole
         shutil.rmtree(old)
@@ -253,8 +250,3 @@ def _stamp(file: Path, known_hash: str | None = None) -> dict[str, Any]:
         digest = known_hash or hashlib.file_digest(opened, "sha256").hexdigest()
         state = os.fstat(opened.fileno())
     return {"bytes": state.st_size, "changed_ns": state.st_ctime_ns, "sha256": digest}
-
-
-def _step(checkpoint: Path) -> int:
-    digits = checkpoint.name.removeprefix("checkpoint-")
-    return int(digits) if digits.isdigit() else -1

@@ -15,6 +15,21 @@ log = logging.getLogger(__name__)
 A = TypeVar("A", bound=Artifact)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The number of steps in the name of a ``checkpoint``; -1 without one."""
+    digits = checkpoint.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def refuse_other_training(checkpoint: Path, changed: list[str]) -> None:
+    """Refuse to resume from a ``checkpoint`` of another run, whose inputs were ``changed``, in words."""
+    if changed:
+        raise UserError(
+            f"{checkpoint}: belongs to another run: {'; '.join(changed)}. Set the recipe back, choose another "
+            f"run_dir, or delete {checkpoint.parent} to train from the beginning"
+        )
+
+
 @dataclass(frozen=True)
 class Identity(Generic[A]):
     """One result of a run directory, whether it is there or not."""

@@ -17,7 +17,7 @@ from shoal.ranks import world_size
 from shoal.recipe.asked import at, refused
 from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.field_words import TRAINING_ARGUMENTS, field_word
-from shoal.recipe.section import AUTO
+from shoal.recipe.section import AUTO, Shapes, shaping
 from shoal.yaml_text import own_yaml
 
 if TYPE_CHECKING:
@@ -148,6 +148,15 @@ def trained_in(config: Mapping[str, Any], fastest: str) -> str:
     """
     is_sharded = config.get("zero_optimization", {}).get("stage", 0)
     return "float32" if fastest == "float16" and is_sharded else MIXED.get(fastest, fastest)
+
+
+def training_settings(settings: Distill) -> dict[str, Any]:
+    """What section `distill` says itself of a training, by its names in identities."""
+    section = shaping(settings, Shapes.TRAINING, "distill.")
+    if settings.watch is None or settings.watch.metric_for_best_model is None:
+        del section["distill.watch"]  # it only looks on
+    neutral = {*NEUTRAL, *(BATCH_SPLIT if settings.batch_size is not None else ())}
+    return section | {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in neutral}
 
 
 def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, int]:

@@ -28,11 +28,13 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import ClosedGap, Plan
 from shoal.artifacts.training import Training
 from shoal.errors import UserError
+from shoal.launch.early.asked import Asked
+from shoal.launch.early.run_directory import refuse_trained
 from shoal.launch.verbs import distill, evaluate, measure, report
 from shoal.launch.verbs import prune as pruning
 from shoal.launch.verbs.run import Run, locked, open_run, write_story
 from shoal.models.checkpoint_files import CLOSED_GAPS, model_fingerprint
-from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.recipe import load_recipe, parse_recipe
 from shoal.train.engine.checkpoint import commit
 from shoal.train.identity import checkpoint_inputs
 
@@ -250,6 +252,89 @@ def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promi
     with pytest.raises(UserError, match=r"checkpoint-2: belongs to another run: distill.num_tokens is 128 in this re"):
         distill.distill_is_done(other)
     assert "producing it again" not in caplog.text
+
+
+@pytest.fixture
+def asked_again(once: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the recipe of a training with checkpoints asks, with other settings where a test gives them."""
+
+    def trained(folder: Path) -> None:
+        settings = {"data": "texts.jsonl", "num_tokens": 64, "sequence_length": 32, "trainer": {"learning_rate": 1e-3}}
+        recipe = {"model": str(teacher), "run_dir": "run", "prune": {"drop": [1, 3]}, "distill": settings}
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        Path("texts.jsonl").write_text('{"text": "stones"}\n')
+        Path("recipe.yaml").write_text(json.dumps(recipe))
+        run = open_run(load_recipe("recipe.yaml"))
+        pruning.prune(run)
+        trained_to(run, 8)
+        trained_to(run, 16)
+
+    shutil.copytree(once("trained to step 16", trained), tmp_path / "again")
+    monkeypatch.chdir(tmp_path / "again")
+    return lambda *changed: Asked("run", load_recipe("recipe.yaml", changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ("distill.trainer.learning_rate=2e-3", "distill.trainer.learning_rate is 0.002 in this recipe but 0.001 there"),
+        ("distill.trainer.weight_decay=0.1", "distill.trainer.weight_decay is 0.1 in this recipe but 'absent' there"),
+        ("distill.num_tokens=128", "distill.num_tokens is 128 in this recipe but 64 there"),
+        ("distill.batch_size=8", "distill.batch_size is 8 in this recipe but 4 there"),
+        ("seed=1", "seed is 1 in this recipe but 0 there"),
+        ("prune.drop=[2]", r"prune.drop is \[2\] in this recipe but \[1, 3\] there"),
+        ("prune={num_drop: 3}", r"prune.drop is '3 layers' in this recipe but \[1, 3\] there"),
+    ],
+)
+def test_a_training_of_other_settings_is_refused_by_the_recipe_alone(asked_again: Any, changed: str, says: str) -> None:
+    asked = asked_again(changed)
+    with pytest.raises(UserError, match=rf"^run/checkpoints/checkpoint-16: belongs to another run: {says}\. ") as early:
+        refuse_trained(asked)
+    if not changed.startswith("prune"):  # without the look the cut would be made again
+        with pytest.raises(UserError) as late:
+            distill.refuse_other_checkpoints(open_run(asked.recipe))
+        assert str(early.value) == str(late.value)
+
+
+def test_another_text_under_the_name_of_the_trained_one_is_refused_by_the_recipe_alone(asked_again: Any) -> None:
+    Path("texts.jsonl").write_text('{"text": "apples"}\n')
+    with pytest.raises(UserError, match=r"checkpoint-16: belongs to another run: data is '.*' in this recipe but '"):
+        refuse_trained(asked_again())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        [],
+        ["device=cpu", "num_processes=1"],
+        ["distill.deepspeed=zero1", "distill.trainer.save_steps=3", "distill.watch=null"],
+        ["distill.watch={tasks: [brackets_depth3_continuation]}", "distill.stop_on_spike=3"],
+        ["distill.batch_size=4", "distill.trainer.per_device_train_batch_size=1"],
+        ["distill.num_tokens=null"],
+        ["distill.data=auto"],
+        ["max_minutes=5", "distill.num_tokens=128"],
+        ["eval.control=true", "prune={num_drop: 2}"],
+    ],
+)
+def test_a_training_that_may_go_on_is_not_refused_by_the_recipe_alone(asked_again: Any, changed: list[str]) -> None:
+    refuse_trained(asked_again(*changed))
+    Path("run").rename("moved")
+    refuse_trained(asked_again(*changed, "run_dir=moved"))
+
+
+def test_a_finished_training_is_not_refused_for_its_checkpoints_and_a_damaged_one_is_left_to_the_training(
+    asked_again: Any,
+) -> None:
+    asked = asked_again("seed=1")
+    run = open_run(asked.recipe)
+    Training(Provenance(distill.training_inputs(run, pruning.read_plan(run))), 1, 64, 1.0, (), {}, {}, 1).save(
+        run.dir / Training.FILE
+    )
+    refuse_trained(asked)
+    (run.dir / Training.FILE).unlink()
+    (run.dir / "checkpoints" / "checkpoint-16" / "manifest.json").write_text("{")
+    refuse_trained(asked)
 
 
 def as_trained(folder: Path, inputs: dict[str, Any], model: Path) -> None:
