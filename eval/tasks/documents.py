@@ -57,8 +57,9 @@ def refuse_wrong_rows(settings: Eval) -> None:
     members = (member for name in settings.tasks for member in tags.get(name, (name,)))
     for name, (data, protocol) in ((member, described[member]) for member in members if member in described):
         shots = data.shots_under(protocol) if settings.num_fewshot is None else settings.num_fewshot
-        most = NUM_EXAMPLES if data.bundled else len(data.shots) or shots
-        if shots > most:
+        is_counted = data.bundled or data.shots  # else its file tells, later
+        most = NUM_EXAMPLES if data.bundled else len(data.shots)
+        if is_counted and shots > most:
             raise UserError(FEW_EXAMPLES.format(name, most, shots))
         if folder is not None and data.items is not None and data.dataset in own:
             rows = local_rows(data, folder, {"items": data.items})["items"]

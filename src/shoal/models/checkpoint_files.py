@@ -255,19 +255,28 @@ def check_config(folder: Path) -> None:
         if file.suffix == ".jinja" and file.is_file() and file.stat().st_size > LONGEST_TEMPLATE:
             raise UserError(f"{file}: has {file.stat().st_size:,} bytes, which take minutes to read; {DOWNLOAD_AGAIN}")
     config = json_or_empty(folder / "config.json")
-    text = text_part(config)
+    _check_numbers(folder, text_part(config))
+    _check_classes(folder, config)
+
+
+def _check_numbers(folder: Path, text: Mapping[str, Any]) -> None:
+    """Refuse numbers, tokens and sizes that no model can have; ``text`` describes the text decoder."""
     for file in ("config.json", WRITING):
         whole = json_or_empty(folder / file)
         said = text_part(whole)
         for section in (whole, said, *ropes(whole), *ropes(said)):
             if name := wrong_number(section) or (section is said and wrong_token(said, text.get("vocab_size"))):
                 raise UserError(f"{folder}: {file} has {name}: {section[name]!r}; correct it, or {DOWNLOAD_AGAIN}")
-    has_size = any(text[key] and re.search("head_dim|head_size|kv_channels|d_kv", key) for key in text)
-    for name, other in DIVIDE[: 2 - has_size]:
+    has_head_size = any(text[key] and re.search("head_dim|head_size|kv_channels|d_kv", key) for key in text)
+    for name, other in DIVIDE[: 2 - has_head_size]:
         part, whole = text.get(name), text.get(other)
         if type(part) is int and type(whole) is int and whole % part:
             problem = f"{name}: {part}, which does not divide {other}: {whole}"
             raise UserError(f"{folder}: config.json has {problem}; correct it, or {DOWNLOAD_AGAIN}")
+
+
+def _check_classes(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse the class of another kind of model, and a quantisation that is unknown."""
     classes = config.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise UserError(f"{folder}: config.json has architectures: {classes!r}; set it to a list with the class's name")
