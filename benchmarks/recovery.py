@@ -107,7 +107,7 @@ def spread(data_dir: Path, folder: Path, limit: int) -> str:
     texts = {text.get("file") for text in SAID["texts"].values()}
     for file in data_dir.glob("*/*.jsonl"):
         place = file.relative_to(data_dir)
-        if (folder / place).exists() or not (str(place) in texts or file.stem in ("test", "validation")):
+        if (folder / place).exists() or (file.stem == "train" and str(place) not in texts):
             continue
         rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
         if str(place) in texts:
