@@ -216,7 +216,8 @@ def _in_words(key: str, here: Json, there: Json) -> str:
             return "the task files, or the code that generates their items, differ"
         if key.endswith(" (files)"):
             return f"the files of {key.removesuffix(' (files)')} differ"
-    return f"{key} is {here!r} in this recipe but {there!r} there"
+    said, made = ("not set" if value == ABSENT else repr(value) for value in (here, there))
+    return f"{key} is {said} in this recipe but {made} there"
 
 
 def _plain(value: Json) -> Json:

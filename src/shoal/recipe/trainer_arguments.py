@@ -151,12 +151,14 @@ def trained_in(config: Mapping[str, Any], fastest: str) -> str:
 
 
 def training_settings(settings: Distill) -> dict[str, Any]:
-    """What section `distill` says itself of a training, by its names in identities."""
+    """What section `distill` says itself of a training, by its names in identities. A default is left out: who writes
+    it down asks for the same training."""
     section = shaping(settings, Shapes.TRAINING, "distill.")
     if settings.watch is None or settings.watch.metric_for_best_model is None:
         del section["distill.watch"]  # it only looks on
     neutral = {*NEUTRAL, *(BATCH_SPLIT if settings.batch_size is not None else ())}
-    return section | {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in neutral}
+    own = {key: value for key, value in settings.trainer.items() if key not in neutral and value != DEFAULTS.get(key)}
+    return section | {f"distill.trainer.{key}": value for key, value in own.items()}
 
 
 def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, int]:

@@ -279,7 +279,7 @@ def asked_again(once: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.Mo
     ("changed", "says"),
     [
         ("distill.trainer.learning_rate=2e-3", "distill.trainer.learning_rate is 0.002 in this recipe but 0.001 there"),
-        ("distill.trainer.weight_decay=0.1", "distill.trainer.weight_decay is 0.1 in this recipe but 'absent' there"),
+        ("distill.trainer.weight_decay=0.1", "distill.trainer.weight_decay is 0.1 in this recipe but not set there"),
         ("distill.num_tokens=128", "distill.num_tokens is 128 in this recipe but 64 there"),
         ("distill.batch_size=8", "distill.batch_size is 8 in this recipe but 4 there"),
         ("seed=1", "seed is 1 in this recipe but 0 there"),
@@ -312,6 +312,7 @@ def test_another_text_under_the_name_of_the_trained_one_is_refused_by_the_recipe
         ["distill.watch={tasks: [brackets_depth3_continuation]}", "distill.stop_on_spike=3"],
         ["distill.batch_size=4", "distill.trainer.per_device_train_batch_size=1"],
         ["distill.num_tokens=null"],
+        ["distill.trainer.lr_scheduler_type=cosine"],
         ["distill.data=auto"],
         ["max_minutes=5", "distill.num_tokens=128"],
         ["eval.control=true", "prune={num_drop: 2}"],

@@ -77,7 +77,7 @@ def test_a_narrowed_student_is_made_once_and_remembered_in_its_plan(
     with monkeypatch.context() as patch:
         patch.setattr("shoal.compress.apply.apply_plan", lambda *_, **__: pytest.fail("made again"))
         pruning.prune(run_of(teacher, tmp_path, measure={**MEASURE, "batch_size": 2}))
-    with pytest.raises(UserError, match=r"prune.changes is 'absent' in this recipe"):
+    with pytest.raises(UserError, match=r"prune.changes is not set in this recipe"):
         pruning.read_plan(run_of(teacher, tmp_path, prune={"drop": [2]}))
     with pytest.raises(UserError, match=r"changes layers that stay .*; load the student from its folder"):
         shoal.cut_model(load_model(teacher), plan)

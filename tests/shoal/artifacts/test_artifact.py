@@ -159,8 +159,8 @@ def test_differences_names_every_field_and_both_values() -> None:
     there = {"model": "b", "seed": 0, "drop": [1, 2], "old": 3}
     assert differences(here, there) == [
         "model is 'a' in this recipe but 'b' there",
-        "new is None in this recipe but 'absent' there",
-        "old is 'absent' in this recipe but 3 there",
+        "new is None in this recipe but not set there",
+        "old is not set in this recipe but 3 there",
     ]
     assert differences(here, here) == []
 

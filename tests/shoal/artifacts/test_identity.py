@@ -32,7 +32,7 @@ def test_a_result_is_this_one_exactly_when_what_shapes_it_is_equal(
     assert asked(path).require().role == "teacher"
     assert f"eval: done already ({path})" in caplog.text
     other = asked(path, seed=1)
-    assert other.changed() == ["seed is 1 in this recipe but 'absent' there"]
+    assert other.changed() == ["seed is 1 in this recipe but not set there"]
     assert not other.is_done()
     assert "eval: teacher.json is out of date (seed is 1" in caplog.text
     with pytest.raises(
