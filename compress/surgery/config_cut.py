@@ -113,8 +113,9 @@ def drop_mtp(field: str, value: Any, _: Sequence[int]) -> int:
     return 0
 
 
+_TABLES = own_yaml(__file__)
 RULES: dict[str, Rule] = {
-    field: globals()[rule] for rule, fields in own_yaml(__file__).items() for field in fields.split()
+    field: globals()[rule] for rule, fields in _TABLES["rules"].items() for field in fields.split()
 }
 """Field of a configuration -> what a depth cut does to it. Unset and empty values stay as they are."""
 
@@ -244,14 +245,7 @@ GROUP_RULES: dict[tuple[str, ...], GroupRule] = {
 """Fields that only together say which layers are special -> their rule, whose answer is empty where no values could
 say it; then the first field's own rule is asked. The first field must be set."""
 
-SPELT_OUT_BY: dict[str, str] = {
-    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"), "layer_types"),
-    **dict.fromkeys(("layer_group_size", "layer_switch", "global_attn_every_n_layers"), "layer_types"),
-    "no_rope_layer_interval": "no_rope_layers",
-    "interleave_moe_layer_step": "moe_layers",
-    "attn_layer_period": "layers_block_type",
-    **dict.fromkeys(("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"), "indexer_types"),
-}
+SPELT_OUT_BY = {rule: spelt for spelt, rules in _TABLES["spelt_out_by"].items() for rule in rules.split()}
 """A step rule -> the list that transformers makes from it and obeys once it is there."""
 
 WITHOUT_KV_CACHE = {"linear_attention", "conv", "mamba", "mlp", "moe", "dense", "sparse"}

@@ -57,7 +57,8 @@ def refuse_wrong_rows(settings: Eval) -> None:
     members = (member for name in settings.tasks for member in tags.get(name, (name,)))
     for name, (data, protocol) in ((member, described[member]) for member in members if member in described):
         shots = data.shots_under(protocol) if settings.num_fewshot is None else settings.num_fewshot
-        is_counted = data.bundled or data.shots  # else its file tells, later
+        is_asked = settings.num_fewshot or data.dataset in own  # a description of ours takes what examples there are
+        is_counted = data.bundled or data.shots or (is_asked and not has_examples(data, folder))  # else its file tells
         most = NUM_EXAMPLES if data.bundled else len(data.shots)
         if is_counted and shots > most:
             raise UserError(FEW_EXAMPLES.format(name, most, shots))

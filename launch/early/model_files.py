@@ -99,11 +99,12 @@ def refuse_checkpoint(asked: Asked) -> None:
         return
     refuse_config(str(folder or asked.recipe.model), config, trust_remote_code=asked.recipe.trust_remote_code)
     if folder is not None:
-        tensors = (item for shard in asked.shards for item in shard.tensors.items())
-        refuse_weights(folder, config, {name: tensor.shape for name, tensor in tensors})
+        shapes = {name: tensor.shape for shard in asked.shards for name, tensor in shard.tensors.items()}
+        refuse_weights(folder, config, shapes)
         chat_template(folder)
-    if asked.plain is not None and (asked.measures or asked.verb in (*TRAIN, *SCORE)):
-        refuse_tokenizer(asked.plain)
+        if asked.plain is not None and (asked.measures or asked.verb in (*TRAIN, *SCORE)):
+            largest = max((shape[0] for shape in shapes.values() if len(shape) == 2), default=0)
+            refuse_tokenizer(asked.plain, largest and max(largest, asked.number("vocab_size") or 0))
 
 
 def refuse_model(verb: str, recipe: Recipe, name: str, revision: str | None = None) -> None:

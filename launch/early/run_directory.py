@@ -159,6 +159,8 @@ def refuse_trained(asked: Asked) -> None:
     said = {key: value for key, value in settings.items() if value is not None and key not in later}
     if "distill.data" in said and all(map(local_files, recipe.distill.data)):
         said["data"] = sources_fingerprint(recipe.distill.data)
+    if asked.plain is not None:
+        said["model"] = files.model_fingerprint(asked.plain)
     if isinstance(prune, CutThese):
         said["prune.drop"] = list(prune.drop)
     elif prune.target is None and (num_layers := asked.number("num_hidden_layers")) is not None:

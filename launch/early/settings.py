@@ -27,8 +27,8 @@ from shoal.recipe.trainer_arguments import precisions_said, read_deepspeed, refu
 
 from .asked import CUT, MEASURE, SCORE, TRAIN, Asked
 
-FIRST_CHARACTERS, FIRST_DOCUMENTS = 4096, 20
-"""Text and documents of a file that are looked at."""
+FIRST_CHARACTERS, FIRST_DOCUMENTS, FIRST_FILES = 4096, 20, 8
+"""Text and documents of a file, and files of a folder, that are looked at."""
 MOST_SECONDS = 2.0
 """Of processor time for conversations that teach nothing; what is not told by then is told later."""
 MANY_TOKENS = 10**8
@@ -118,17 +118,20 @@ def refuse_data(asked: Asked) -> None:
             opened(source)
         if source.path in NOT_APART:
             BUNDLED[source.path]()  # from a package that may be missing
-        if source.path == AUTO or not local_files(source):  # a folder of this name is none of its text
+        if source.path == AUTO or not (files := local_files(source)):  # a folder of this name is none of its text
             continue
+        found = opened(source)
         if source not in asked.recipe.distill.data:
-            load_texts(source, max_characters=FIRST_CHARACTERS)
+            load_texts(found, max_characters=FIRST_CHARACTERS)
         elif isinstance(source, TrainingSource) and not source.has_images:
             to_write(source, sequence_length=asked.recipe.distill.sequence_length)
-            read = (each for each in documents(source) if each is not None)
+            read = (each for each in documents(found) if each is not None)
             if not (first := list(islice(read, FIRST_DOCUMENTS))):
-                raise nothing_in(opened(source))
+                raise nothing_in(found)
             if isinstance(first[0], Chat) and not source.generate:
-                _conversations(asked, opened(source), first, read)
+                _conversations(asked, found, first, read)
+        for other in () if source.has_images else files[1:FIRST_FILES]:
+            next(documents(replace(found, path=str(other), split=DataSource.split)), None)
 
 
 def _conversations(asked: Asked, source: DataSource, first: list[Any], others: Iterator[Any]) -> None:

@@ -35,7 +35,7 @@ from ..early.run_directory import require_folder
 
 log = logging.getLogger(__name__)
 
-OF_THE_TEACHER = (Importance.FILE, "eval/teacher.json")
+OF_THE_TEACHER = (Importance.FILE, "eval/teacher.items.jsonl", "eval/teacher.json")
 """Results that runs of one model may share; a run of other settings finds them out of date and makes its own."""
 
 

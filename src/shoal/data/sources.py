@@ -228,7 +228,7 @@ def _bundled(name: str) -> tuple[Any, ...]:
 
 
 def local_files(source: DataSource) -> list[Path] | None:
-    """The files of a local source; None where the path can only be a Hub id.
+    """The files of a local source; None of bundled text, and where the path can only be a Hub id.
 
     Of a folder those that are named after the split (`train.jsonl`, `train-00000-of-00002.parquet`), else all.
     """
@@ -250,7 +250,7 @@ def local_files(source: DataSource) -> list[Path] | None:
     )
     if problem := next((words for is_so, words in problems if is_so), None):
         raise UserError(f"data {source.path!r}: {problem}")
-    return (path.is_dir() and of_split) or files if path.exists() else None
+    return ((path.is_dir() and of_split) or files) if path.exists() and not is_bundled else None
 
 
 def _file_rows(file: Path) -> Iterable[dict[str, Any]]:

@@ -38,10 +38,7 @@ NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAn
 NO_TOKENIZER = "no usable tokenizer ({}); copy the base model's tokenizer files there"
 NO_END = "the tokenizer has neither a pad nor an end token; set pad_token in tokenizer_config.json"
 NOT_CAUSAL = "is not a causal language model of transformers (one that writes text from left to right); give one"
-NEEDS_CODE = (
-    "needs code that comes with the checkpoint; read the code, and if you trust it, set trust_remote_code: true in the "
-    "recipe"
-)
+NEEDS_CODE = _KNOWN["needs_code"]
 UNKNOWN_TYPE = "this version of transformers does not know the architecture; upgrade it, or give another model"
 WRONG_SHAPES = f"the weights do not have the shapes that config.json gives; {DOWNLOAD_AGAIN}"
 OWN_FOLDER = "is the teacher's own folder, or contains it; choose another folder for the student"
@@ -51,10 +48,7 @@ SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 OTHER_VOCABULARIES = ("*.model", "*.tiktoken", "vocab.txt")
 """Names of files that hold a vocabulary where there is no tokenizer.json."""
-TOKENIZER_PATTERNS = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *OTHER_VOCABULARIES[:2],
-)
+TOKENIZER_PATTERNS = _KNOWN["tokenizer_files"].split()
 """Names of all files that a tokenizer may be stored in."""
 WITH_TOKENIZER = (*TOKENIZER_PATTERNS, "chat_template*", "additional_chat_templates")
 PROCESSOR = ("*processor_config.json", "chat_template.json")

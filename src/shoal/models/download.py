@@ -13,10 +13,8 @@ from shoal.model_names import ADAPTER_CONFIG, DEMO_MODELS, DEMO_PREFIX, refuse_n
 from shoal.models.checkpoint_files import WITH_MODEL, check_checkpoint, check_config, json_or_empty
 from shoal.progress import doing
 
-CHECKPOINT_FILES = (
-    *("*.json", "*.safetensors", "*.jinja", "*.txt"),
-    *("*.model", "*.py", *(f"{name}*" for name in WITH_MODEL), "README.md"),
-)
+_WITH_MODEL = [f"{name}*" for name in WITH_MODEL]
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py", *_WITH_MODEL, "README.md")
 """Files of a checkpoint on the Hub that are downloaded."""
 CONFIGS = ("config.json", ADAPTER_CONFIG)
 """Those of them that say what a model is."""

@@ -141,8 +141,9 @@ def refuse_weights(folder: Path, config: Mapping[str, Any], shapes: Mapping[str,
         raise UserError(f"{folder}: {files.WRONG_SHAPES}")
 
 
-def refuse_tokenizer(folder: Path) -> None:
-    """Refuse files of a tokenizer that no library reads, or in which no token ends a text."""
+def refuse_tokenizer(folder: Path, rows: int = 0) -> None:
+    """Refuse files of a tokenizer that no library reads, in which no token ends a text, or with numbers beyond the
+    ``rows`` of the model's embeddings; 0 = not known."""
     files.refuse_no_tokenizer(folder)
     settings, problem = files.json_or_empty(folder / "tokenizer_config.json"), ""
     is_plain, ends = settings.get("tokenizer_class") in PLAIN, [settings.get(name, "") for name in SPECIAL[:2]]
@@ -153,10 +154,16 @@ def refuse_tokenizer(folder: Path) -> None:
     file, others = folder / files.TOKENIZER_FILES[0], (*files.TOKENIZER_FILES[1:], *OTHERS)
     if (is_plain or file.is_file()) and not any(any(folder.glob(pattern)) for pattern in others):
         try:
-            if (kind := (own := json.loads(file.read_bytes())["model"]).get("type", TOKENIZERS[0])) not in TOKENIZERS:
+            whole = json.loads(file.read_bytes())
+            if (kind := (own := whole["model"]).get("type", TOKENIZERS[0])) not in TOKENIZERS:
                 problem = f"ValueError: {file.name} has a model of type {kind!r}"
             elif not own["vocab"]:
                 problem = f"ValueError: {file.name} has no vocabulary"
+            elif isinstance(own["vocab"], dict) and rows:  # the model may lack special tokens, which no text holds
+                special = {token["content"] for token in whole.get("added_tokens") or ()}
+                words = ((number, word) for word, number in own["vocab"].items() if word not in special)
+                if (largest := max(words, default=(0, "")))[0] >= rows:
+                    problem = f"{largest[1]!r} has the number {largest[0]:,}, and the model only {rows:,} embeddings"
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {file.name} is missing or damaged, {error}"
     added = [settings.get("added_tokens_decoder"), files.json_or_empty(folder / "added_tokens.json")]

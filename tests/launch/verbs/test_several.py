@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from compared_runs import write_run
 
+from shoal.artifacts.evaluation import Scores
 from shoal.launch import cli
 from shoal.launch.verbs.several import combinations, run_each
 
@@ -26,13 +27,13 @@ def test_what_the_teacher_gave_the_first_run_lies_ready_for_the_others(tmp_path:
 
     def run_one(overrides: Sequence[str]) -> int:
         told.append(overrides)
-        (tmp_path / "a/eval").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "a/eval/teacher.json").write_text("scores")
+        write_run(tmp_path / "a")
         return 3 if overrides == ("b",) else 0
 
     assert run_each(runs, run_one) == 3
     assert told == [("a",), ("b",)], "nothing runs after a run that failed"
-    assert (tmp_path / "b/eval/teacher.json").read_text() == "scores"
+    there, own = (Scores.load(tmp_path / name / "eval/teacher.json").tasks for name in "ab")
+    assert own == there, "with its items"
 
 
 def test_the_command_ends_with_the_comparison(
