@@ -111,7 +111,7 @@ def spread(data_dir: Path, folder: Path, limit: int) -> str:
             continue
         rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
         if str(place) in texts:
-            write_text(folder / "held_out" / file.name, "".join(rows[-HELD_OUT:]))
+            write_text(folder / "held_out" / place, "".join(rows[-HELD_OUT:]))
             write_text(folder / place, "".join(rows[:-HELD_OUT]))
         else:
             write_text(folder / place, "".join(rows[:: max(1, len(rows) // limit)]))
@@ -243,7 +243,7 @@ def held_out(asked: argparse.Namespace, model: Path) -> dict[str, float]:
     models = [load_model(one, dtype=dtype) for one in (folder, model)]
     for word, text in SAID["texts"].items():
         if "file" in text and "with" not in text and asked.spread:  # running text
-            source = DataSource(path=f"{asked.spread}/held_out/{Path(text['file']).name}")
+            source = DataSource(path=f"{asked.spread}/held_out/{text['file']}")
             rows = pack([(source, None)], load_tokenizer(folder), sequence_length=512, num_tokens=4096, seed=0)
             with torch.inference_mode():
                 both = ([softened(one(row[None]).logits[0], 1.0) for one in models] for row in rows.input_ids_NS)

@@ -69,7 +69,7 @@ def test_arms_are_chosen_by_documents_that_none_learns_from(tmp_path: Path, monk
     folder = recovery.spread(tmp_path / "data", tmp_path / "spread", 8)
     asked = argparse.Namespace(model="tiny", out=tmp_path, data_dir=tmp_path / "data", spread=folder)
     learnt = Path(recovery.source(asked, "leads")["path"]).read_text()
-    assert learnt + (tmp_path / "spread/held_out/leads.jsonl").read_text() == "".join(documents)
+    assert learnt + (tmp_path / "spread/held_out/general/leads.jsonl").read_text() == "".join(documents)
     assert recovery.held_out(asked, teacher) == {"kl_leads": pytest.approx(0, abs=1e-6)}
     assert recovery.held_out(asked, other)["kl_leads"] > 0
 
