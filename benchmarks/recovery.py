@@ -302,8 +302,10 @@ def over_seeds(runs: Sequence[TaskScores]) -> dict[str, TaskScore]:
 
 
 def compared(of_names: Mapping[str, Any], against: str, name: str) -> Any:
-    """The tasks of the row ``against``, or of that arm at the tokens and seed of ``name``; none if neither is there."""
-    return of_names.get(against) or of_names.get(f"{against}-{name.partition('-')[2]}", {})
+    """The tasks of the row ``against``, or of that arm at the tokens and seed of ``name``; none if neither is there, or
+    if it is ``name`` itself."""
+    other = against if against in of_names else f"{against}-{name.partition('-')[2]}"
+    return of_names.get(other, {}) if other != name else {}
 
 
 def rows_of(
