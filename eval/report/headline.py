@@ -101,7 +101,7 @@ def _came_back(shares: Shares) -> str:
     if change is not None and change.ci_low <= 0:
         return f"Distillation does not clearly recover anything: {points}."
     told = "scores above the teacher" if kept.value > 1 else f"keeps {wording.kept_text(kept)}"
-    return f"After training, the distilled model {told}{points and f'; its mean score rose by {points}'}."
+    return f"After training, the distilled model {told}{points and f'; the share kept rose by {points}'}."
 
 
 def _still_lost(shares: Shares) -> str:
@@ -119,8 +119,8 @@ def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
     """What to do, by rules. Tasks outside the trained wording decide, or all tasks if nothing was trained.
 
     Ship: no task is clearly worse than the teacher's, the control has not clearly 1 - KEPT more, and the lower end of
-    the mean share kept is KEPT or more. Not enough items: only that interval holds KEPT. Else train longer if training
-    has clearly recovered something, and drop fewer layers if it has not.
+    the mean share kept is KEPT or more. Not decided: only the control is missing. Not enough items: only that interval
+    holds KEPT. Else train longer if training has clearly recovered something, and drop fewer layers if it has not.
     """
     role = _smallest(run.evaluations)
     if role is None or "teacher" not in run.evaluations:
@@ -138,7 +138,9 @@ def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
     }
     why = next((reason for reason, holds in reasons.items() if holds), None)
     if why is None and kept.ci_low >= KEPT:
-        return f"Ship: at least {100 * KEPT:.0f} % is kept, and no task outside the trained wording is clearly worse."
+        held = f"at least {100 * KEPT:.0f} % is kept, and no task outside the trained wording is clearly worse"
+        unknown = role == "distilled" and lost is None
+        return f"Not decided: {held}, but no control was trained; set eval.control to true." if unknown else f"Ship: {held}."
     if why is None:
         both = f"the share kept may be above or below {100 * KEPT:.0f} %"
         return f"Not enough items: {both}; raise eval.limit before you ship."

@@ -154,7 +154,7 @@ def gap_table(rows: Sequence[Row]) -> Table:
     body = []
     for role in ("pruned", "distilled"):
         for likely, written, gap in protocol_gaps(rows, role):
-            kept = [wording.kept_text(row.retained[role]) for row in (likely, written)]
+            kept = [wording.kept_text(row.retained[role], capped=False) for row in (likely, written)]
             name = written.ability if written.any_score.family is None else wording.task_name(written)
             items = "the same" if shares_items(likely, written) else "different"
             body.append((role, name, *kept, wording.points_text(gap, 0), items))

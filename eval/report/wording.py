@@ -100,11 +100,12 @@ def _as_perplexity(score: TaskScore) -> bool:
     return score.protocol == "rolling" and measured_in_nats(score) and score.ci_high < LARGEST_NATS
 
 
-def kept_text(kept: Retention | Interval | None) -> str:
-    """A share kept with its interval; a dash if there is none. More than the teacher has is not a share of it."""
+def kept_text(kept: Retention | Interval | None, *, capped: bool = True) -> str:
+    """A share kept with its interval; a dash if there is none. More than the teacher has is not a share of it, unless
+    a difference beside it, between shares that are not ``capped``, asks for the number."""
     if kept is None or kept.value is None or kept.ci_low is None or kept.ci_high is None:
         return DASH
-    if kept.value > 1:
+    if capped and kept.value > 1:
         return (
             "more than the teacher" if kept.ci_low > 1 else f"100 % [{100 * kept.ci_low:.0f}, more]".replace("-", "−")
         )

@@ -289,9 +289,9 @@ def _size(run: Run, max_minutes: float, begun: dict[str, Any]) -> tuple[float, s
     share = math.floor(SHARES * share + 1e-9) / SHARES
     taken = fewest + (seconds - fewest) * (share - least) / (1 - least)
     return share, (
-        f"{share:.0%} (never below {least:.0%}) of this recipe's tokens and at least {ITEMS} items of each task, which "
-        f"take about {duration_text(taken)}: the whole recipe would take {duration_text(seconds)} on "
-        f"{device_name(device())}, and max_minutes is {max_minutes:g}; max_minutes=null runs the whole recipe"
+        f"{share:.0%} of this recipe's tokens and at least {ITEMS} items of each task, about {duration_text(taken)} if "
+        f"nothing else runs; all of them would take {duration_text(seconds)} on {device_name(device())}, more than "
+        f"max_minutes = {max_minutes:g}; max_minutes=null runs the whole recipe"
     )
 
 

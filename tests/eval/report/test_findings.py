@@ -21,8 +21,10 @@ from shoal.artifacts.evaluation import TaskScore
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import require_same_tokenizer
 from shoal.eval.harness.rates import LENGTH, RATES
+from shoal.eval.report.cautions import cautions
 from shoal.eval.report.findings import Comparison, compare, protocol_gaps, writing
 from shoal.eval.report.run import Run, read_run
+from shoal.eval.report.tables import gap_table
 from shoal.stats.paired import mcnemar
 
 CASES = cases(__file__)
@@ -108,6 +110,21 @@ def test_a_protocol_gap_has_an_interval_that_holds_it() -> None:
     ((*_, gap),) = protocol_gaps(comparison.rows, "pruned")
     value, low, high = gap
     assert low < value < high
+
+
+def test_protocols_above_the_teacher_are_numbers_and_no_disagreement() -> None:
+    def scores(likely: float, written: float) -> tuple[TaskScore, ...]:
+        return tuple(
+            results.choice("teacher", "capitals", "knowledge", protocol, n=200, share=share)
+            for protocol, share in (("continuation", likely), ("generation", written))
+        )
+
+    comparison = compared(teacher=scores(0.6, 0.5), pruned=scores(0.65, 0.9))
+    ((_, _, _, written, gap, _),) = gap_table(comparison.rows).rows
+    assert float(written.split()[0]) > 150
+    assert gap.startswith("−")
+    run = Run(Path(), None, None, None, None, {}, None)
+    assert "Protocols disagree" not in [caution.about for caution in cautions(run, comparison)]
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_five_sentences_say_what_was_lost_came_back_and_is_still_lost(tmp_path: 
         "Before training, the pruned model keeps 48 % [40, 56] of the teacher's score above chance (mean of 4 tasks "
         "outside the trained wording), least on retrieval, reworded, generated (20 % [7, 36])."
     )
-    assert back.endswith(" distilled model keeps 68 % [60, 76]; its mean score rose by +20 points [+15, +26].")
+    assert back.endswith(" distilled model keeps 68 % [60, 76]; the share kept rose by +20 points [+15, +26].")
     assert missing == "Still lost: the control (the teacher after the same training) is +33 points [+26, +42] ahead."
     assert follows.startswith("Train longer, or drop fewer layers: clearly worse than the teacher on retrieval (rewo")
 
