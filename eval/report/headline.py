@@ -139,12 +139,9 @@ def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
     why = next((reason for reason, holds in reasons.items() if holds), None)
     if why is None and kept.ci_low >= KEPT:
         held = f"at least {100 * KEPT:.0f} % is kept, and no task outside the trained wording is clearly worse"
-        unknown = role == "distilled" and lost is None
-        return (
-            f"Not decided: {held}, but no control was trained; set eval.control to true."
-            if unknown
-            else f"Ship: {held}."
-        )
+        if role == "distilled" and lost is None:
+            return f"Not decided: {held}, but no control was trained; set eval.control to true."
+        return f"Ship: {held}."
     if why is None:
         both = f"the share kept may be above or below {100 * KEPT:.0f} %"
         return f"Not enough items: {both}; raise eval.limit before you ship."
