@@ -7,13 +7,12 @@ from .hidden_metrics import HIDDEN_METRICS
 from .hidden_pass import hidden_scores
 from .loss_metrics import LOSS_METRICS, loss_scores
 from .metric import Metric, Need, Pass
-from .weight_metrics import Magnitude, Taylor, TaylorPlus, gradient_scores, weight_scores
+from .weight_metrics import Magnitude, Taylor, gradient_scores, weight_scores
 
 METRICS: dict[str, type[Metric]] = {
     **HIDDEN_METRICS,
     "magnitude": Magnitude,
     "taylor": Taylor,
-    "taylor_plus": TaylorPlus,
     **LOSS_METRICS,
     TASK_ORDER: TaskGreedy,
 }

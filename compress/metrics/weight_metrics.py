@@ -29,9 +29,6 @@ from .metric import Calibration, Metric, Need, Result, Yields, add_up_ranks, ref
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-FIRST_PROTECTED, LAST_PROTECTED = 4, 2
-"""Layers at either end that Taylor+ never removes."""
-
 Matrices = list[dict[str, nn.Parameter]]
 """Per layer: name in the layer -> parameter of two or more dimensions."""
 
@@ -62,14 +59,6 @@ class Taylor(Magnitude):
     needs: ClassVar[Need] = "gradients"
 
 
-class TaylorPlus(Taylor):
-    """Taylor, with the first four and the last two layers above all others (Taylor+ of arXiv:2402.02834).
-
-    The source never removes these six. Here twice the largest Taylor score is added to theirs, so that they go last and
-    among themselves in Taylor's order.
-    """
-
-
 def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
     """Magnitude, which needs no data."""
     matrices = plain_matrices(model, names[0])
@@ -85,13 +74,11 @@ def _of_layers(matrices: Matrices, number: Callable[[nn.Parameter], Tensor]) -> 
 
 
 def gradient_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
-    """Taylor and TaylorPlus, from one pass forwards and backwards."""
+    """Taylor, from one pass forwards and backwards."""
     matrices = plain_matrices(model, names[0])
     gradients = loss_gradients(model, calibration, matrices)
-    taylor = _of_layers(matrices, lambda own: (own.float() * gradients[own]).abs_().sum(dtype=torch.float64))
-    margin, free = 2 * max(taylor), range(FIRST_PROTECTED, len(taylor) - LAST_PROTECTED)
-    plus = tuple(score if layer in free else score + margin for layer, score in enumerate(taylor))
-    return {name: plus if name == "taylor_plus" else taylor for name in names}
+    scores = _of_layers(matrices, lambda own: (own.float() * gradients[own]).abs_().sum(dtype=torch.float64))
+    return dict.fromkeys(names, scores)
 
 
 def plain_matrices(model: PreTrainedModel, name: str) -> Matrices:

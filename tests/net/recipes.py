@@ -30,7 +30,7 @@ COMMON: dict[str, Any] = {
 """Every recipe; the settings of a case replace those of the same name, section by section."""
 GENERAL_METRICS = [
     *("block_influence", "angular", "update_norm", "mka_similarity", "magnitude"),
-    *("taylor", "taylor_plus", "single_drop_perplexity", "sleb", "blockpruner"),
+    *("taylor", "single_drop_perplexity", "sleb", "blockpruner"),
 ]
 PAPER_METRICS = ["present_absent", "local_shapley"]
 DIVERGENCES = [*("reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"), *("taid", "cross_entropy")]

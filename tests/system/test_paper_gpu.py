@@ -88,7 +88,7 @@ def test_what_a_gpu_refuses_is_refused_and_what_is_waited_for_is_counted(paper_g
 WAITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(HIDDEN_METRICS, (8, 2)),
     "magnitude": (5, 0),
-    **dict.fromkeys(("taylor", "taylor_plus"), (8, 1)),
+    "taylor": (8, 1),
     **dict.fromkeys(("single_drop_perplexity", "present_absent"), (26, 1)),
     "local_shapley": (29, 4),
     "sleb": (27, 2),

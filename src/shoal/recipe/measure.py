@@ -27,7 +27,7 @@ from shoal.recipe.section import (
 Operator = Literal["layer", "attention", "mlp"]
 Metric = Literal[
     "block_influence", "angular", "update_norm", "mka_similarity",
-    "magnitude", "taylor", "taylor_plus",
+    "magnitude", "taylor",
     "single_drop_perplexity", "sleb", "blockpruner", "present_absent", "local_shapley",
     "task_greedy",
 ]  # fmt: skip
