@@ -1,5 +1,6 @@
 """What the documentation says can be done: recipes load, settings and commands exist, links lead somewhere."""
 
+import csv
 import dataclasses
 import re
 import shlex
@@ -67,6 +68,13 @@ RECIPES = [
     for file in DOCUMENTS
     for number, recipe in enumerate(one for block in blocks(file, "yaml") for one in alternatives(block))
 ]
+
+
+def test_every_table_of_results_has_a_row_with_its_command() -> None:
+    folder = ROOT / "lab/results"
+    with (folder / "index.csv").open(encoding="utf-8", newline="") as index:
+        told = {row["file"] for row in csv.DictReader(index) if row["command"]}
+    assert told == {file.name for file in folder.glob("*.csv")} - {"index.csv"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
