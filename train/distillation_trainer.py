@@ -238,9 +238,8 @@ def _make_ready(
 ) -> None:
     """Freeze the teacher, and of the student what is not trained where ``trains`` says so."""
     if teacher is not None:
-        places = {
-            parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()
-        }  # sharded ones: empty
+        # sharded ones are empty
+        places = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
         for name, parameter in model.named_parameters():
             if parameter.numel() and parameter.data_ptr() in places:
                 raise UserError(

@@ -104,8 +104,7 @@ def _pruning(run: Run) -> list[Stage]:
 
 def _training(run: Run) -> list[Stage]:
     check_distill(run)
-    has_plan = (run.dir / Plan.FILE).is_file()
-    plan = prune.read_plan(run) if has_plan else prune.expected_plan(run)
+    plan = prune.read_plan(run) if (run.dir / Plan.FILE).is_file() else prune.expected_plan(run)
     stage = training_estimate(run, plan)
     return [replace(stage, told=f"drops:   {plan.reason}\n{stage.told}")]
 

@@ -159,28 +159,6 @@ def build_item(
     return Item(task, digest(task, context, *options)[:16], context, options, answer, question, params)
 
 
-def short_item(
-    task: str,
-    context: str,
-    *,
-    final: str,
-    wrong: Sequence[str],
-    position: int,
-    question: str,
-    params: dict[str, int | str],
-) -> Item:
-    """An Item whose options stand behind a space, and whose right one is also what written text has to contain."""
-    return build_item(
-        task,
-        context,
-        gold=f" {final}",
-        wrong=[f" {other}" for other in wrong],
-        position=position,
-        question=question,
-        params={**params, "final": final},
-    )
-
-
 def generator(task: str, split: str, seed: int, **params: Value) -> random.Random:
     """The same for who wants no items."""
     return random.Random(digest(task, split, seed, sorted((name, str(value)) for name, value in params.items())))

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from shoal.abilities import words
-from shoal.abilities.item import Item, Value, Wanted, check_choice, check_range, short_item, split_of, words_in
+from shoal.abilities.item import Item, Value, Wanted, build_item, check_choice, check_range, split_of, words_in
 
 MAX_STEPS = 12
 NUM_OPTIONS = 4
@@ -163,14 +163,14 @@ def _stepped(
 def _asked(
     rng: random.Random, task: str, question: str, *, final: str, wrong: Sequence[str], worked: str, num_steps: int
 ) -> Item:
-    return short_item(
+    return build_item(
         task,
         f"Question: {question}\nAnswer:",
-        final=final,
-        wrong=rng.sample(list(wrong), len(wrong)),
+        gold=f" {final}",
+        wrong=[f" {other}" for other in rng.sample(list(wrong), len(wrong))],
         position=rng.randrange(NUM_OPTIONS),
         question=question,
-        params={"num_steps": num_steps, "worked": f"{worked} The answer is {final}."},
+        params={"num_steps": num_steps, "worked": f"{worked} The answer is {final}.", "final": final},
     )
 
 
@@ -215,14 +215,14 @@ def make_copy(rng: random.Random, split: str, offset: int, number: int) -> Item:
     others = [word for index, word in enumerate(listed) if index != asked]
     options = others[answer - 1 - rank :][: last + 1]
     options.remove(listed[answer])
-    return short_item(
+    return build_item(
         "copying",
         f"{', '.join(listed)}\nAgain, in steps of {offset}: {listed[asked]},",
-        final=listed[answer],
-        wrong=rng.sample(options, last),
+        gold=f" {listed[answer]}",
+        wrong=[f" {other}" for other in rng.sample(options, last)],
         position=rng.randrange(NUM_OPTIONS),
         question=f"{', '.join(listed)}. Which word comes after {listed[asked]}, in steps of {offset}?",
-        params={"offset": offset},
+        params={"offset": offset, "final": listed[answer]},
     )
 
 
@@ -238,19 +238,19 @@ def make_run(rng: random.Random, split: str, depth: int, number: int) -> Item:
         if split_of("run", *run) == split:
             break
     right = [BRACKETS[bracket] for bracket in reversed(opened)]
-    wrong: list[list[str]] = []
+    final, wrong = " ".join(right), list[list[str]]()
     while len(wrong) < NUM_OPTIONS - 1:
         order = rng.sample(right, depth)
         if order not in (right, *wrong):
             wrong.append(order)
-    return short_item(
+    return build_item(
         "brackets",
         " ".join(run),
-        final=" ".join(right),
-        wrong=[" ".join(order) for order in wrong],
+        gold=f" {final}",
+        wrong=[f" {' '.join(order)}" for order in wrong],
         position=number,
         question=f"Which brackets close {' '.join(run)}?",
-        params={"depth": depth},
+        params={"depth": depth, "final": final},
     )
 
 
@@ -264,15 +264,15 @@ def make_order(rng: random.Random, split: str, elements: str, num_elements: int,
     shuffled = right
     while shuffled in orders:
         shuffled = rng.sample(right, num_elements)
-    name, how = ORDERS[elements]
-    return short_item(
+    (name, how), final = ORDERS[elements], ", ".join(right)
+    return build_item(
         "sorting",
         f"{name}: {', '.join(shuffled)}\n{how[0].upper()}{how[1:]}:",
-        final=", ".join(right),
-        wrong=[", ".join(order) for order in rng.sample(orders[1:], NUM_OPTIONS - 1)],
+        gold=f" {final}",
+        wrong=[f" {', '.join(order)}" for order in rng.sample(orders[1:], NUM_OPTIONS - 1)],
         position=number,
         question=f"Sort {', '.join(shuffled)} {how}.",
-        params={"elements": elements, "num_elements": num_elements},
+        params={"elements": elements, "num_elements": num_elements, "final": final},
     )
 
 
