@@ -37,7 +37,7 @@ from shoal.models.load import refuse_broken_weights
 from shoal.progress import doing
 from shoal.ranks import is_main, world_size
 from shoal.recipe.losses import term_names
-from shoal.recipe.trainer_arguments import OURS
+from shoal.recipe.trainer_arguments import OURS, refuse_warmup
 from shoal.runtime import barrier, free_memory, seed_everything, together
 from shoal.runtime import device as own_device
 
@@ -328,6 +328,8 @@ class ObjectiveTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            refuse_warmup(vars(self.args), num_training_steps)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if num_training_steps == 1 and not any(scheduler.get_last_lr()) and is_main():
             log.warning(

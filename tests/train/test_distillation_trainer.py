@@ -334,6 +334,14 @@ def test_a_configuration_is_refused_as_it_is_made(tmp_path: Path, wrong: dict[st
         arguments(tmp_path, **wrong)
 
 
+@pytest.mark.parametrize(("length", "last"), [({"max_steps": 2}, 2), ({"num_train_epochs": 1}, 8)])
+def test_a_warm_up_of_all_steps_is_refused_as_in_a_recipe(tmp_path: Path, length: dict[str, Any], last: int) -> None:
+    warmup: dict[str, Any] = {"lr_scheduler_type": "linear", "warmup_steps": 10}
+    trainer = trainer_of(tmp_path, trained_by={**warmup, **length})
+    with pytest.raises(UserError, match=rf"warmup_steps: 10 of {last} steps, so the learning rate is never reached;"):
+        trainer.train()
+
+
 def test_a_student_says_itself_which_layers_are_gone_and_what_makes_up_for_them(tmp_path: Path) -> None:
     student, teacher = models()
     assert trainer_of(tmp_path, student, teacher, trainable="near_gaps").spec.plan.drop == DROP

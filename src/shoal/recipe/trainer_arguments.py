@@ -213,8 +213,13 @@ def refuse_training(settings: Distill, *, ranks: int | None) -> None:
         last = num_steps(settings, rows * steps * ranks) if is_known else math.inf
         if settings.profile is not None and settings.profile[1] > last:
             raise UserError(told["profile"].format(said=[*settings.profile], last=last))
-        if 1 < (warmup := trainer.get("warmup_steps", 0)) >= last and kind != "constant":
-            raise UserError(told["warmup"].format(said=warmup, last=last))
+        refuse_warmup(trainer, last)
+
+
+def refuse_warmup(trainer: Mapping[str, Any], last: float) -> None:
+    """Refuse a warm-up that takes all of the ``last`` steps of a training with the arguments ``trainer``."""
+    if 1 < (warmup := trainer.get("warmup_steps", 0)) >= last and trainer.get("lr_scheduler_type") != "constant":
+        raise UserError(_REFUSED["training"]["warmup"].format(said=warmup, last=last))
 
 
 def num_steps(settings: Distill, rows: int) -> int:
