@@ -86,6 +86,9 @@ def explained(problems: Sequence[Any], root: type[Section]) -> list[str]:
             len(other["loc"]) > within and other["loc"][:within] == problem["loc"] for other in problems
         ):
             continue  # wrong entries are not counted, so that a list of them alone seems to be empty
+        beside = {other["type"] for other in problems if other["loc"][:-1] == problem["loc"][:-1]}
+        if "missing" in problem["type"] and "unexpected_keyword_argument" in beside:
+            continue  # most often that key is this one, by another name
         place, message, got_value = _told(problem, root)
         if place not in places and len(places) == MOST_TOLD:
             more = [f"and {len(problems) - number:,} more problems"]
@@ -147,8 +150,8 @@ def meant_key(word: str, known: Sequence[str], root: type[Section]) -> str:
         return f"a key in a section is nested: {section}: {{{rest}: ...}}"
     if get_close_matches(word.lower(), known, cutoff=0.8):
         return meant(word.lower(), known, "")
-    if here := field_word(word):
-        return f"here it is {here}"
+    if here := field_word(word):  # in an entry of the list that others call so, it is what the entry must name
+        return f"here it is {known[0] if f'{here}.{known[0]}' in all_places(root) else here}"
     elsewhere = [] if "kind" in known else [place for place in all_places(root) if place.endswith(f".{word}")]
     if elsewhere:
         return f"it is a key elsewhere: {listed(sorted(elsewhere, key=lambda place: place.count('.'))[:3], 'or')}"
