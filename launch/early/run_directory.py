@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import differences
-from shoal.artifacts.evaluation import CONTROL, ROLES, Scores, Speed
+from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Scores, Speed
 from shoal.artifacts.identity import Identity, refuse_other_training, step_of
 from shoal.artifacts.importance import Importance
 from shoal.artifacts.plan import Plan
@@ -35,7 +36,7 @@ FILES: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     Plan.FILE: (Plan, (*CUT, "eval")),
     Training.FILE: (Training, ("distill", "run")),
     f"{CONTROL}/{Training.FILE}": (Training, ("run",)),
-    **{f"eval/{role}.json": (Scores, SCORE) for role in ROLES},
+    **{f"eval/{role}.json": (Scores, SCORE) for role in (*ROLES, MODEL)},
     Speed.FILE: (Speed, SCORE),
 }
 """File of a run directory -> what it is, and the commands that read it."""
@@ -79,7 +80,7 @@ def refuse_results(asked: Asked) -> None:
                 files.check_checkpoint(asked.folder / name)
             except UserError as error:
                 again = "prune" if name == "student" else "distill"
-                what = str(error).partition(files.DOWNLOAD_AGAIN)[0].removesuffix("correct it, or ").rstrip("; ")
+                what = str(error).partition("; ")[0]  # what follows would mend a model that was downloaded
                 raise UserError(f"{what}; delete {asked.folder / name} and run `shoal {again}` again") from error
 
 
@@ -140,9 +141,9 @@ def inputs_of(file: Path) -> dict[str, Any]:
     return inputs if isinstance(inputs, dict) else {}
 
 
-def refuse_trained(asked: Asked) -> None:
+def refuse_trained(asked: Asked, drop: Sequence[int] = ()) -> None:
     """Refuse to go on with a training of other settings, as far as the recipe tells: what the model, the machine or the
-    number of ranks decides is compared when it is known."""
+    number of ranks decides is compared when it is known. ``drop``: the layers that go, where a metric has told."""
     from shoal.data.sources import local_files, sources_fingerprint  # loads the Hub's library
 
     manifests = asked.folder.glob("checkpoints/checkpoint-*/manifest.json")
@@ -161,15 +162,22 @@ def refuse_trained(asked: Asked) -> None:
         said["data"] = sources_fingerprint(recipe.distill.data)
     if asked.plain is not None:
         said["model"] = files.model_fingerprint(asked.plain)
+    made = Plan.load(plan) if (plan := asked.folder / Plan.FILE).is_file() else None
+    if made is not None and made.student == made.sealed(there.get("student", "")):  # the plan of what was trained
+        said["prune.changes"] = shaping(prune, Shapes.PLAN, "prune.").get("prune.changes")
+        changes = {"prune.changes": made.provenance.inputs.get("prune.changes")}
+        trained, there = trained | changes, there | changes
     if isinstance(prune, CutThese):
         said["prune.drop"] = list(prune.drop)
+    elif drop:
+        said["prune.drop"] = list(drop)
     elif prune.target is None and (num_layers := asked.number("num_hidden_layers")) is not None:
         count = free_layers.count_of(prune, num_layers)
         if count not in [len(own.get("prune.drop", ())) for own in (trained, there)]:
             said["prune.drop"] = f"{count} layers"
-    changes = [differences(said, {key: own[key] for key in said.keys() & own.keys()}) for own in (trained, there)]
-    if all(changes):
-        refuse_other_training(newest.parent, changes[1])
+    changed = [differences(said, {key: own[key] for key in said.keys() & own.keys()}) for own in (trained, there)]
+    if all(changed):
+        refuse_other_training(newest.parent, changed[1])
 
 
 def refuse_place(asked: Asked) -> None:

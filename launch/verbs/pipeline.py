@@ -14,10 +14,12 @@ from shoal.machine import ranks_to_start
 from shoal.progress import doing
 from shoal.recipe.section import as_dict
 
+from ..early.asked import Asked
+from ..early.run_directory import refuse_trained
 from .distill import check_distill, distill_is_done
 from .evaluate import evaluate
 from .measure import check_measure, importance_of, measure
-from .prune import prune, refuse_impossible_plan
+from .prune import expected_plan, prune, refuse_impossible_plan
 from .report import report
 from .run import Run, locked, write_story
 
@@ -44,6 +46,7 @@ def run_all(run: Run, launch: Callable[[str, Run], None]) -> None:
         is_measured = importance_of(run).is_done()
     if not is_measured:
         stage("measure", measure)
+        refuse_other_layers(run)
     stage("prune", prune)
     with locked(run):
         track(run)
@@ -64,6 +67,12 @@ def track(run: Run) -> None:
     log_results(run.recipe.track, run.dir, as_dict(run.recipe), score_rows)
 
 
+def refuse_other_layers(run: Run) -> None:
+    """Refuse layers with which checkpoints could not go on, once importance.json tells them."""
+    if importance_of(run).is_there():
+        refuse_trained(Asked("run", run.recipe), expected_plan(run).drop)
+
+
 def preflight(run: Run) -> None:
     """Refuse within seconds what a later stage would refuse after hours: layers, data, tasks, training arguments."""
     from shoal.eval.evaluate import checked_items
@@ -71,6 +80,7 @@ def preflight(run: Run) -> None:
 
     recipe = run.recipe
     refuse_impossible_plan(run)
+    refuse_other_layers(run)
     if recipe.export.gguf:
         from shoal.compress.gguf import check_export
 

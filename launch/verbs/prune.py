@@ -24,7 +24,8 @@ from shoal.recipe.prune import CutThese, Width
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, barrier, everyone_sees
 
-from ..early.run_directory import require_student_of
+from ..early.asked import Asked
+from ..early.run_directory import refuse_trained, require_student_of
 from .measure import importance_of, measure
 from .overlap import search_of_rows
 from .run import Run, check_length
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def prune(run: Run) -> None:
-    """plan.json and student/. Measures first where the layers are chosen by a metric."""
+def prune(run: Run, *, for_training: bool = False) -> None:
+    """plan.json and student/. Measures first where the layers are chosen by a metric. ``for_training`` refuses layers
+    with which checkpoints could not go on."""
     student = run.dir / "student"
     if agreed(lambda: (student / "config.json").is_file() and plan_of(run).is_done()):
         refuse_unfit_student(run, _plan_of_its_student(run))
@@ -51,6 +53,8 @@ def prune(run: Run) -> None:
     plan, path = choose_plan(run, importance, asked.inputs), asked.path
     refuse_impossible_changes(run, plan)
     refuse_unfit_student(run, plan)
+    if for_training:
+        refuse_trained(Asked("distill", run.recipe), plan.drop)
     log.info("prune: %s", plan.in_words())
     for line in sacrifice(run, importance, plan):
         log.info("prune: %s", line)
@@ -83,7 +87,7 @@ def read_plan(run: Run) -> Plan:
     """
     if not everyone_sees(run.dir / Plan.FILE):
         log.info("needs %s, pruning first", Plan.FILE)
-        prune(run)
+        prune(run, for_training=True)
         everyone_sees(run.dir / Plan.FILE)
     else:
         asked = plan_of(run)

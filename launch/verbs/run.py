@@ -20,10 +20,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import Artifact
-from shoal.artifacts.evaluation import CONTROL, MODEL, ROLES, Scores, Speed
 from shoal.artifacts.importance import Importance
-from shoal.artifacts.plan import Plan
 from shoal.artifacts.training import Training
 from shoal.atomic_files import make_folder, only_process, write_json
 from shoal.compress.surgery.quantised import without_quantization
@@ -52,7 +49,7 @@ from shoal.recipe.trainer_arguments import computed_in, precisions_said, read_de
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, check_device, device, environment
 
-from ..early.run_directory import inputs_of
+from ..early.run_directory import FILES, inputs_of
 from .launch import STARTED
 
 log = logging.getLogger(__name__)
@@ -427,15 +424,7 @@ def write_story(run: Run) -> None:
     if not is_main():
         return
     stages = {}
-    kinds: list[tuple[str, type[Artifact]]] = [
-        (Importance.FILE, Importance),
-        (Plan.FILE, Plan),
-        (Training.FILE, Training),
-        (f"{CONTROL}/{Training.FILE}", Training),
-        *((f"eval/{role}.json", Scores) for role in (*ROLES, MODEL)),
-        (Speed.FILE, Speed),
-    ]
-    for name, kind in kinds:
+    for name, (kind, _) in FILES.items():
         if (file := run.dir / name).is_file():
             provenance = kind.load(file).provenance
             stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}

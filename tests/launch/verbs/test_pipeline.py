@@ -32,6 +32,8 @@ from shoal.launch.early.asked import Asked
 from shoal.launch.early.run_directory import refuse_trained
 from shoal.launch.verbs import distill, evaluate, measure, report
 from shoal.launch.verbs import prune as pruning
+from shoal.launch.verbs.dry_run import dry_run
+from shoal.launch.verbs.pipeline import run_all
 from shoal.launch.verbs.run import Run, locked, open_run, write_story
 from shoal.models.checkpoint_files import CLOSED_GAPS, model_fingerprint
 from shoal.recipe.recipe import load_recipe, parse_recipe
@@ -254,6 +256,28 @@ def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promi
     assert "producing it again" not in caplog.text
 
 
+@pytest.mark.parametrize("what_goes", [[], ["plan.json"], ["plan.json", "importance.json"]], ids=len)
+def test_other_layers_by_a_metric_are_refused_before_they_replace_the_student_of_checkpoints(
+    make_run: Any, what_goes: list[str]
+) -> None:
+    settings: dict[str, Any] = {"measure": MEASURE, "distill": {"num_tokens": 64, "sequence_length": 32}}
+    run = make_run(**settings, prune={"num_drop": 1})
+    pruning.prune(run)
+    trained_to(run, 2)
+    (dropped,) = pruning.read_plan(run).drop
+    before = (run.dir / "student" / "model.safetensors").stat().st_ino
+    for name in what_goes:
+        (run.dir / name).unlink()
+    settings["prune"] = {"num_drop": 1, "protect": [0, dropped, -1]}
+    other, measured_anew = make_run(**settings), make_run(**settings | {"measure": {**MEASURE, "num_tokens": 96}})
+    says = rf"checkpoint-2: belongs to another run: prune.drop is \[\d\] in this recipe but \[{dropped}\] there\. "
+    of_all = [(dry_run, "run", other), (run_all, other, pytest.fail), (run_all, measured_anew, pytest.fail)]
+    for ask, *given in [(pruning.read_plan, other)] if what_goes else of_all:
+        with pytest.raises(UserError, match=says):
+            ask(*given)
+    assert (run.dir / "student" / "model.safetensors").stat().st_ino == before
+
+
 @pytest.fixture
 def asked_again(once: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the recipe of a training with checkpoints asks, with other settings where a test gives them."""
@@ -285,6 +309,10 @@ def asked_again(once: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("seed=1", "seed is 1 in this recipe but 0 there"),
         ("prune.drop=[2]", r"prune.drop is \[2\] in this recipe but \[1, 3\] there"),
         ("prune={num_drop: 3}", r"prune.drop is '3 layers' in this recipe but \[1, 3\] there"),
+        (
+            "prune={drop: [1, 3], changes: [{kind: compensate}]}",
+            r"prune.changes is \[{'kind': 'compensate', 'method': 'both'}\] in this recipe but None there",
+        ),
     ],
 )
 def test_a_training_of_other_settings_is_refused_by_the_recipe_alone(asked_again: Any, changed: str, says: str) -> None:
