@@ -150,14 +150,14 @@ def needle_items(
     num_asked = check_range("needle num_asked", num_asked, 1, num_needles)
     if depth is not None:
         check_range("needle depth", depth, 0, 100)
-    sizes = {"num_sentences": num_sentences, "num_needles": num_needles, "num_asked": num_asked}
-    rng = wanted.generator("needle", **sizes, depth=depth)
+    rng = wanted.generator(
+        "needle", num_sentences=num_sentences, num_needles=num_needles, num_asked=num_asked, depth=depth
+    )
     depths = [DEPTHS[index % len(DEPTHS)] if depth is None else int(depth) for index in range(wanted.num_items)]
-    return [_needle(rng, wanted.split, sizes, at) for at in depths]
+    return [_needle(rng, wanted.split, num_sentences, num_needles, num_asked, at) for at in depths]
 
 
-def _needle(rng: random.Random, split: str, sizes: dict[str, int], depth: int) -> Item:
-    num_sentences, num_needles, num_asked = sizes.values()
+def _needle(rng: random.Random, split: str, num_sentences: int, num_needles: int, num_asked: int, depth: int) -> Item:
     num_codes = max(num_needles, NUM_OPTIONS)
     keys = rng.sample(words_in(split, "key", words.KEYS), num_needles)
     codes = rng.sample(numbers_in(split), num_codes)
@@ -169,7 +169,8 @@ def _needle(rng: random.Random, split: str, sizes: dict[str, int], depth: int) -
             sentences[place] = NEEDLE.format(key=keys[index], number=code)
         else:
             sentences[place] = DECOY.format(**_words(rng, split), number=code)
-    gold, wrong = codes[:num_asked], list[list[str]]()
+    gold = codes[:num_asked]
+    wrong: list[list[str]] = []
     while len(wrong) < NUM_OPTIONS - 1:
         drawn = rng.sample(codes, num_asked)
         if drawn not in (gold, *wrong):
@@ -178,12 +179,14 @@ def _needle(rng: random.Random, split: str, sizes: dict[str, int], depth: int) -
     listed = f"{', '.join(asked[:-1])} and {asked[-1]}" if num_asked > 1 else asked[0]
     question = f"What is the code of {listed}?" if num_asked == 1 else f"What are the codes of {listed}, in this order?"
     stem = f"The code of {listed} is" if num_asked == 1 else f"The codes of {listed} are"
-    text, final = " ".join(sentences), ", ".join(gold)
+    text = " ".join(sentences)
+    final = ", ".join(gold)
+    sizes = {"num_sentences": num_sentences, "num_needles": num_needles, "num_asked": num_asked}
     return build_item(
         "needle",
         f"{text}\n\nQuestion: {question}\nAnswer: {stem}",
         gold=f" {final}",
-        wrong=[f" {', '.join(codes)}" for codes in wrong],
+        wrong=[f" {', '.join(other)}" for other in wrong],
         position=rng.randrange(NUM_OPTIONS),
         question=f"{text}\n\n{question}",
         params={**sizes, "depth": depth, "final": final},

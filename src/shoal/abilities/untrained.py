@@ -238,7 +238,8 @@ def make_run(rng: random.Random, split: str, depth: int, number: int) -> Item:
         if split_of("run", *run) == split:
             break
     right = [BRACKETS[bracket] for bracket in reversed(opened)]
-    final, wrong = " ".join(right), list[list[str]]()
+    final = " ".join(right)
+    wrong: list[list[str]] = []
     while len(wrong) < NUM_OPTIONS - 1:
         order = rng.sample(right, depth)
         if order not in (right, *wrong):
@@ -264,7 +265,8 @@ def make_order(rng: random.Random, split: str, elements: str, num_elements: int,
     shuffled = right
     while shuffled in orders:
         shuffled = rng.sample(right, num_elements)
-    (name, how), final = ORDERS[elements], ", ".join(right)
+    final = ", ".join(right)
+    name, how = ORDERS[elements]
     return build_item(
         "sorting",
         f"{name}: {', '.join(shuffled)}\n{how[0].upper()}{how[1:]}:",

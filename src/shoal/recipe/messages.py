@@ -150,8 +150,9 @@ def meant_key(word: str, known: Sequence[str], root: type[Section]) -> str:
         return f"a key in a section is nested: {section}: {{{rest}: ...}}"
     if get_close_matches(word.lower(), known, cutoff=0.8):
         return meant(word.lower(), known, "")
-    if here := field_word(word):  # in an entry of the list that others call so, it is what the entry must name
-        return f"here it is {known[0] if f'{here}.{known[0]}' in all_places(root) else here}"
+    if here := field_word(word):
+        inside = f"{here}.{known[0]}"  # inside distill.data `dataset` can only mean what a source is: its path
+        return f"here it is {known[0] if inside in all_places(root) else here}"
     elsewhere = [] if "kind" in known else [place for place in all_places(root) if place.endswith(f".{word}")]
     if elsewhere:
         return f"it is a key elsewhere: {listed(sorted(elsewhere, key=lambda place: place.count('.'))[:3], 'or')}"
