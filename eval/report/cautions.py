@@ -245,6 +245,7 @@ def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
     for role in ("pruned", "distilled"):
         gaps = {found[0].ability: found for found in sorted(protocol_gaps(rows, role), key=lambda own: abs(own[2][0]))}
         for likely, written, (gap, *_) in gaps.values():  # the widest of each ability
+            # above the teacher under both protocols, neither hides a loss
             if abs(gap) >= WIDE_GAP and min(row.retained[role].value or 0.0 for row in (likely, written)) < 1:
                 pair = (likely, written) if gap > 0 else (written, likely)
                 kept = [f"{_kept_words(row.retained[role].value or 0.0)} {task_names([row])}" for row in pair]

@@ -101,8 +101,8 @@ def _as_perplexity(score: TaskScore) -> bool:
 
 
 def kept_text(kept: Retention | Interval | None, *, capped: bool = True) -> str:
-    """A share kept with its interval; a dash if there is none. More than the teacher has is not a share of it, unless
-    a difference beside it, between shares that are not ``capped``, asks for the number."""
+    """A share kept with its interval; a dash if there is none. Above 100 % it is said in words; without ``capped`` it
+    is a number, as a difference that stands beside it asks."""
     if kept is None or kept.value is None or kept.ci_low is None or kept.ci_high is None:
         return DASH
     if capped and kept.value > 1:
