@@ -53,6 +53,7 @@ def test_a_mean_over_seeds_scores_every_item_as_their_mean_and_a_run_changes_by_
     assert [(row["change"], row["kept"]) for row in same] == [(0, pytest.approx(1 / 3))] * 3
     assert none["kept"] == pytest.approx(0.5)
     assert "change" not in none, "there is no default over seeds"
+    assert not any(recovery.compared(of_names, against, "arm-9-0") for against in ("arm", "arm-9-0"))
     assert [row["change"] for row in named] == [pytest.approx(1 / 6)] * 3
     answered = {(row["name"], row["task"]): row["answers"] for row in recovery.answers(of_names)}
     assert [*map(int, answered["arm-9-0", "a"])] == [item.score for item in of_names["arm-9-0"]["a"].items]
