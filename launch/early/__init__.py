@@ -37,7 +37,8 @@ class Look(NamedTuple):
 LOOKS = (
     Look(lambda _: refuse_no_address(), LOAD, once=False),
     Look(lambda asked: read_run(asked.folder), ("report",)),
-    Look(run_directory.refuse_push, ("push",), once=False),
+    Look(lambda asked: run_directory.require_distilled(asked.recipe), ("push",), once=False),
+    Look(run_directory.refuse_no_token, ("push",), once=False, if_written=True),
     Look(lambda asked: refuse_no_model(asked.recipe.model, asked.recipe.revision), (*LOAD, "push"), once=False),
     Look(settings.refuse_columns, (*MEASURE, *CUT), once=False),
     Look(settings.refuse_ranks, ("measure", "distill", "eval", "run")),

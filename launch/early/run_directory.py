@@ -51,11 +51,10 @@ def require_distilled(recipe: Recipe) -> None:
         raise UserError(f"{run_dir / 'distilled'}: does not exist yet; run `shoal distill` first")
 
 
-def refuse_push(asked: Asked) -> None:
-    """Refuse a push of nothing, to nowhere, or of nobody."""
+def refuse_no_token(asked: Asked) -> None:
+    """Refuse a push of nobody."""
     from huggingface_hub import get_token
 
-    require_distilled(asked.recipe)
     if get_token() is None:
         raise UserError(f"export to {asked.recipe.export.hub_repo}: {NO_TOKEN}")
 
