@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 PREFIX = "watch/"
 """Beginning of the curves' names."""
 BEST = "best"
+RISE = 1.25
+"""Times the KL of the first five rows of the log; the text alone made at most 1.14 of it in 20 trainings."""
 WORDS = {"perplexity": "loss {:.3f} nats per token"}
 """What the log says of a score; of all others its name and the number."""
 
@@ -180,6 +183,7 @@ class Progress(TrainerCallback):
         self._told.close()
         self._work = self._told.enter_context(progress("training", total=state.max_steps, unit="steps"))
         self._work.known(state.global_step)
+        self._kl: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._work(state.global_step - self._work.done)
@@ -189,6 +193,13 @@ class Progress(TrainerCallback):
             rate = state.global_step * self._tokens_per_step / max(logs["seconds"], 1e-9)
             share = f", MFU {logs['mfu']:.0%}" if "mfu" in logs else ""
             self._work.note = f"loss {logs['loss']:.4f}, {rate:,.0f} tokens/s{share}"
+            self._kl += [logs["forward_kl"]] if "forward_kl" in logs else []
+            first, last = self._kl[:5], self._kl[5:][-10:]
+            if len(last) == 10 and fmean(last) > RISE * fmean(first):
+                rate = f"distill.trainer.learning_rate {args.learning_rate:g} is too high for this model"
+                rise = f"forward_kl rises from {fmean(first):.2f} to {fmean(last):.2f}"
+                log.warning("%s: %s; stop, and use a fifth of it in a new run_dir", rise, rate)
+                self._kl[:5] = [math.inf]  # it is said once
 
 
 class Events(TrainerCallback):

@@ -248,7 +248,7 @@ def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume
         spec.deepspeed.stage,
     )
     for name, count in rows.counts.items():
-        log.info("  %s: %s", name, ", ".join(f"{value:,} {key}" for key, value in count.items()))
+        log.info("  %s: %s", name, ", ".join(f"{value:,} {key}" for key, value in count.items() if value))
     if resume is not None:
         log.info("resuming from %s", resume)
 

@@ -21,7 +21,7 @@ from shoal.eval.evaluate import QuickScores
 from shoal.recipe.distill import Watch
 from shoal.recipe.evaluate import Eval
 from shoal.train import callbacks as module
-from shoal.train.callbacks import Events, Profiler, Watcher
+from shoal.train.callbacks import Events, Profiler, Progress, Watcher
 
 
 class Training:
@@ -155,6 +155,21 @@ def test_who_holds_a_gpus_memory_is_written_where_it_runs_out(monkeypatch, tmp_p
             raise torch.OutOfMemoryError
     assert recorded == ([] if steps is None else ["all", None])
     assert (tmp_path / "profile" / "memory-rank-0.pickle").exists() == dumped
+
+
+@pytest.mark.parametrize(("peak", "warnings"), [(0.8, 0), (1.2, 1)])
+def test_a_learning_rate_at_which_the_divergence_rises_is_said_once(
+    caplog: pytest.LogCaptureFixture, peak: float, warnings: int
+) -> None:
+    args, state = SimpleNamespace(learning_rate=2e-4), SimpleNamespace(global_step=0, max_steps=60)
+    with Progress(tokens_per_step=1) as told:
+        told.on_train_begin(args, state, None)
+        for kl in [0.6, 0.8] * 3 + [1.4] + [0.7] * 10 + [peak] * 30:  # one row says nothing
+            state.global_step += 1
+            told.on_log(args, state, None, {"loss": kl, "forward_kl": kl, "seconds": 1.0})
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == warnings
+    assert all("learning_rate 0.0002 is too high" in words for words in said)
 
 
 def test_every_logged_step_is_a_line_of_json_and_a_resumed_training_repeats_none(
