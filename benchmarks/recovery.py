@@ -26,6 +26,7 @@ import hashlib
 import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,8 +89,6 @@ def main(words: Sequence[str] | None = None) -> None:
     asked.spread = asked.data_dir and spread(asked.data_dir, asked.out / f"data-{asked.limit}", asked.limit)
     teacher, cut = teacher_of(asked), asked.out / "cut"
     score(asked, "teacher", teacher)
-    if "drop" not in SAID["models"][asked.model]:
-        return
     run("shoal.launch.cli", "prune", "--config", recipe(asked, cut, {}, tokens=1, seed=0))
     score(asked, "cut", cut / "student")
     for seed in asked.seeds:
@@ -214,6 +213,7 @@ def train(other: str | None, run_dir: Path, file: Path) -> None:
         write_json(run_dir / USAGE, {"processor_seconds": spent + used([run_dir])})
         for number, handler in own.items():
             signal.signal(number, handler)
+    shutil.rmtree(run_dir / ("checkpoints" if other is None else other), ignore_errors=True)  # nobody goes on with them
 
 
 def used(run_dirs: Iterable[Path]) -> float:

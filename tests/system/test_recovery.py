@@ -99,6 +99,7 @@ def test_the_command_heals_scores_and_goes_on(tmp_path: Path, monkeypatch: pytes
     assert [(row["tokens"], row["steps"]) for row in both] == [("16384", "16")] * 2
     control = json.loads((out / "runs/plain-16384-0/phase0/control/distilled/config.json").read_bytes())
     assert control["num_hidden_layers"] == NUM_LAYERS, "nothing is cut from it"
+    assert not [*out.glob("runs/**/checkpoint-*")], "they would fill the disk"
     shutil.rmtree(out / "scores" / "two-16384-0")
     before = second.joinpath("distill.json").read_bytes()
     recovery.main([*words, "two"])
