@@ -38,6 +38,7 @@ def test_a_recipe_from_a_configuration_alone(tmp_path: Path) -> None:
     text = first_recipe(model, LAPTOP)
     recipe = parse_recipe(read_yaml(text))
     assert isinstance(recipe.prune, CutByScore)
+    assert recipe.distill.trainer["learning_rate"] == 2e-4, "a tiny model"
     assert (recipe.model, recipe.run_dir, recipe.prune.num_drop) == (model, "runs/model", 2)
     assert text.startswith(f"# {model}: 17 layers, ")
     assert "# Written for 1 x a laptop, computes in float32.\n" in text
@@ -70,6 +71,8 @@ def test_on_a_node_batch_and_rows_follow_ranks_and_positions(tmp_path: Path) -> 
     assert recipe.distill.batch_size % 8 == 0
     assert isinstance(recipe.prune, CutByScore)
     assert (recipe.prune.num_drop, recipe.distill.trainer["learning_rate"]) == (4, 1e-4)
+    on_cpu = parse_recipe(read_yaml(first_recipe(model, LAPTOP))).distill
+    assert (on_cpu.batch_size, on_cpu.trainer["learning_rate"]) == (2, 2e-5), "small steps"
     assert recipe.distill.sequence_length == 1024, "as long as the model's positions, and no longer"
 
 
