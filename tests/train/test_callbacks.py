@@ -157,16 +157,20 @@ def test_who_holds_a_gpus_memory_is_written_where_it_runs_out(monkeypatch, tmp_p
     assert (tmp_path / "profile" / "memory-rank-0.pickle").exists() == dumped
 
 
-@pytest.mark.parametrize(("peak", "warnings"), [(0.8, 0), (1.2, 1)])
+@pytest.mark.parametrize(
+    ("peak", "others", "warnings"), [(0.8, {}, 0), (1.2, {}, 1), (1.2, {"on_policy/loop_rate": 0.1}, 0)]
+)
 def test_a_learning_rate_at_which_the_divergence_rises_is_said_once(
-    caplog: pytest.LogCaptureFixture, peak: float, warnings: int
+    caplog: pytest.LogCaptureFixture, peak: float, others: dict[str, float], warnings: int
 ) -> None:
     args, state = SimpleNamespace(learning_rate=2e-4), SimpleNamespace(global_step=0, max_steps=60)
     with Progress(tokens_per_step=1) as told:
         told.on_train_begin(args, state, None)
         for kl in [0.6, 0.8] * 3 + [1.4] + [0.7] * 10 + [peak] * 30:  # one row says nothing
             state.global_step += 1
-            told.on_log(args, state, None, {"loss": kl, "forward_kl": kl, "seconds": 1.0})
+            told.on_log(
+                args, state, None, {"loss": kl, "forward_kl": kl, "seconds": 1.0, **(others if kl == peak else {})}
+            )
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == warnings
     assert all("learning_rate 0.0002 is too high" in words for words in said)
