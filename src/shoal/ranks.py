@@ -126,16 +126,15 @@ def refuse_crowd(ranks: int) -> None:
     Raises:
         UserError: naming both numbers; ranks that share a core wait for each other, and a device takes one.
     """
-    places, kind = allowed_cores(), "cores"
+    places, kind = allowed_cores(), "core"
     if may_have_devices():
         import torch
 
         if torch.accelerator.is_available():
-            places, kind = torch.accelerator.device_count(), "devices"
+            places, kind = torch.accelerator.device_count(), "device"
     if ranks > places:
-        raise UserError(
-            f"num_processes: {ranks} ranks are more than the {places} {kind} here; set it to {places} or fewer"
-        )
+        here = f"{places} {kind}{'s' * (places > 1)} here"
+        raise UserError(f"num_processes: {ranks} ranks are more than the {here}; set it to {places} or fewer")
 
 
 def is_main() -> bool:

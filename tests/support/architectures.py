@@ -82,7 +82,10 @@ def _toy(family: Any, settings: dict[str, Any]) -> PreTrainedConfig:
         if part_family is AutoConfig:
             part_family = CONFIG_MAPPING[part_settings.pop("model_type")]
         values[part] = _toy(part_family, part_settings)
-    return family(**{key: value for key, value in values.items() if value is not None})
+    config = family(**{key: value for key, value in values.items() if value is not None})
+    if isinstance(getattr(config, "eos_token_id", None), list):
+        config.eos_token_id = 2  # several by default, none of which the toy's vocabulary has
+    return config
 
 
 def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
