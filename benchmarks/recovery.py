@@ -7,9 +7,9 @@ recovery.yaml beside this file says what models, texts and arms are. Every arm i
 text, losses or trained weights, run by `shoal distill` on the same cut; the intact and the cut model are scored first.
 OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items; answers.csv: which are right) and
 table.csv: scores, per character where lm-eval has them so, the share kept of the teacher's distance to chance and its
-mean over the tasks of a column, with 95 % intervals, and how far both are from the arm --against at the same tokens
-and seed, or from the one row of this name; tokens, seconds, command, commit and processor. Rows `ARM-TOKENS-all` score
-every item as its mean over the seeds, rows `ARM_control-TOKENS-SEED` the intact model after the same training. For
+mean over the tasks of a column, with 95 % intervals, and how far these, or nats, are from the arm --against at equal
+tokens and seed, or from the one row of this name; tokens, seconds, command, commit and processor. Rows ARM-TOKENS-all
+score every item as its mean over the seeds, rows `ARM_control-TOKENS-SEED` the intact model after the same training. For
 equal time give --tokens by processor_seconds. kl_TEXT is the KL divergence from the teacher, in nats per token, on
 documents from which no arm learns: arms are chosen by it (--choose computes nothing else), never by a benchmark.
 
@@ -52,7 +52,7 @@ from shoal.models.load import load_model, load_tokenizer
 from shoal.models.resolve import convert_gguf, resolve_model
 from shoal.recipe.section import DataSource
 from shoal.stats.means import TaskScores, mean_change, mean_share
-from shoal.stats.paired import interval, retention
+from shoal.stats.paired import interval, paired, retention
 from shoal.train.objective.divergences import forward_kl, softened
 from shoal.yaml_text import read_yaml
 
@@ -317,19 +317,20 @@ def rows_of(
         told = {key: getattr(own[task], key) for key in TOLD}
         kept, change = retention(teacher[task], own[task]), changed(teacher, other, own, [task])
         yield {"column": column, "task": task, **told, **limits("kept", kept), **limits("change", change)}
-    if len(tasks) > 1 and (mean := mean_share(teacher, own, even(tasks))):
+    if len(tasks) > 1 and (mean := mean_share(teacher, own, dict.fromkeys(tasks, 1 / len(tasks)))):
         change = changed(teacher, other, own, tasks)
         yield {"column": column, "task": "mean", **limits("kept", mean), **limits("change", change)}
 
 
-def even(tasks: Sequence[str]) -> dict[str, float]:
-    """Equal weights, which add up to 1."""
-    return dict.fromkeys(tasks, 1 / len(tasks))
-
-
 def changed(teacher: TaskScores, before: TaskScores, after: TaskScores, tasks: Sequence[str]) -> Interval | None:
-    """The change of the mean share of tasks; None where one was not scored before."""
-    return mean_change(teacher, before, after, even(tasks)) if {*tasks} <= {*before} else None
+    """The change of the mean share of tasks, or of a task's nats, which have no share; None where ``before`` has not
+    all of them."""
+    if not {*tasks} <= {*before}:
+        return None
+    if len(tasks) == 1 and not teacher[tasks[0]].higher_is_better:
+        change = paired(before[tasks[0]], after[tasks[0]])
+        return Interval(change.difference, change.ci_low, change.ci_high)
+    return mean_change(teacher, before, after, dict.fromkeys(tasks, 1 / len(tasks)))
 
 
 def limits(word: str, own: Any) -> dict[str, float | None]:

@@ -7,6 +7,7 @@ import csv
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,17 @@ def test_every_phase_of_an_arm_is_a_recipe(arm: str, tmp_path: Path) -> None:
 
 def test_a_mean_over_seeds_scores_every_item_as_their_mean_and_a_run_changes_by_nothing_from_itself() -> None:
     def run(right: int) -> dict[str, TaskScore]:
-        return {task: counted("distilled", task, "public", "continuation", 0.25, 40, right) for task in "ab"}
+        tasks = {task: counted("distilled", task, "public", "continuation", 0.25, 40, right) for task in "abn"}
+        return tasks | {"n": replace(tasks["n"], higher_is_better=False)}  # nats
 
     pooled = recovery.over_seeds([run(20), run(30)])
     assert Counter(item.score for item in pooled["a"].items) == {1.0: 20, 0.5: 10, 0.0: 10}
     assert pooled["a"].ci_low < pooled["a"].score == 25 / 40 < pooled["a"].ci_high
     of_names = {"teacher": run(40), "default-9-0": run(20), "arm-9-0": run(20), "arm-9-1": run(30), "arm-9-all": pooled}
 
-    def told(name: str, against: str) -> list[dict[str, Any]]:
+    def told(name: str, against: str, tasks: str = "ab") -> list[dict[str, Any]]:
         other = recovery.compared(of_names, against, name)
-        return [*recovery.rows_of("public", ["a", "b"], of_names["teacher"], of_names[name], other)]
+        return [*recovery.rows_of("public", tasks, of_names["teacher"], of_names[name], other)]
 
     same, none, named = told("arm-9-0", "default"), told("arm-9-all", "default")[-1], told("arm-9-all", "arm-9-0")
     assert [(row["change"], row["kept"]) for row in same] == [(0, pytest.approx(1 / 3))] * 3
@@ -55,6 +57,8 @@ def test_a_mean_over_seeds_scores_every_item_as_their_mean_and_a_run_changes_by_
     assert "change" not in none, "there is no default over seeds"
     assert not any(recovery.compared(of_names, against, "arm-9-0") for against in ("arm", "arm-9-0"))
     assert [row["change"] for row in named] == [pytest.approx(1 / 6)] * 3
+    (nats,) = told("arm-9-all", "arm-9-0", "n")
+    assert nats["change_low"] < nats["change"] == 5 / 40 < nats["change_high"], "nats have no share to keep"
     answered = {(row["name"], row["task"]): row["answers"] for row in recovery.answers(of_names)}
     assert [*map(int, answered["arm-9-0", "a"])] == [item.score for item in of_names["arm-9-0"]["a"].items]
     assert ("arm-9-all", "a") not in answered, "a mean over seeds is no answer"
