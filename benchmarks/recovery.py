@@ -9,7 +9,7 @@ OUT/MODEL holds models, runs, every answer (scores/NAME/TASK.json with its items
 table.csv: scores, per character where lm-eval has them so, the share kept of the teacher's distance to chance and its
 mean over the tasks of a column, with 95 % intervals, and how far these, or nats, are from the arm --against at equal
 tokens and seed, or from the one row of this name; tokens, seconds, command, commit and processor. Rows ARM-TOKENS-all
-score every item as its mean over the seeds, rows `ARM_control-TOKENS-SEED` the intact model after the same training. For
+score every item as its mean over the seeds, rows ARM_control-TOKENS-SEED the intact model after the same training. For
 equal time give --tokens by processor_seconds. kl_TEXT is the KL divergence from the teacher, in nats per token, on
 documents from which no arm learns: arms are chosen by it (--choose computes nothing else), never by a benchmark.
 
