@@ -162,7 +162,7 @@ def test_torchrun_on_two_nodes_begins_again_from_the_last_checkpoint_when_a_rank
     launched = []
     for number, network in enumerate(nodes):
         command = ["ip", "netns", "exec", network, "unshare", "--uts", "bash", "-c", 'hostname $0; exec bash "$@"']
-        command += [NODES[number], str(CLUSTER / "torchrun.sh"), str(number), str(recipes[1])]
+        command += [NODES[number], str(CLUSTER / "torchrun.sh"), str(recipes[1])]
         launched.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
     wait_for(lambda: launched[1].poll() is not None or any(saved(recipes[1])), "a first checkpoint", 300)
     rank = next(p for p in psutil.Process(launched[1].pid).children(recursive=True) if "RANK" in p.environ())
