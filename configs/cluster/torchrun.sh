@@ -5,6 +5,8 @@ set -euo pipefail
 
 export PYTHONSAFEPATH=1          # do not import modules from the current folder
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) / ${GPUS:-8}))}"     # else 1
+# otherwise ranks that start again may read where ranks of the attempt before listened (pytorch/pytorch issue 135712)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # if a rank dies, torchrun restarts all ranks, which resume at the last checkpoint. Nodes agree on that through c10d: with
 # --node-rank and --master-addr, a node restarts its own ranks alone, and they wait for ranks of another attempt
 torchrun --max-restarts="${RESTARTS:-3}" \
