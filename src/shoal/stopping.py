@@ -29,8 +29,8 @@ LAUNCHED_BY = "SHOAL_LAUNCHED_BY"
 """Variable of a launched process: the process number of the `shoal` that started the launcher."""
 ORPHAN_S = 8
 """Seconds that a rank without its launcher may take to finish its step and save."""
-SAVE_S = 120
-"""Seconds that ranks may take for that when they are asked to stop."""
+SAVE_S = 1800
+"""Seconds that ranks may take for that when they are asked to stop: two checkpoints of 100 GB on a slow disk."""
 QUIET_S = 5
 """Seconds after which a message says that they are waited for."""
 

@@ -145,9 +145,9 @@ def test_a_slurm_job_on_two_nodes_goes_on_when_it_is_requeued_and_ends_with_the_
     command.append(str(recipes[1]))
     job = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: job.poll() is not None or any(saved(recipes[1])), "a first checkpoint", 300)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(signal.SIGUSR1)  # as SLURM does before the time limit; SIGTERM is that of scancel
     _, log = job.communicate(timeout=300)
-    assert job.returncode == 143, log[-3000:]
+    assert job.returncode == 128 + signal.SIGUSR1, log[-3000:]
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert not (recipes[1].parent / "run/distilled").exists()
     again = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
@@ -171,6 +171,14 @@ def test_torchrun_on_two_nodes_begins_again_from_the_last_checkpoint_when_a_rank
     assert [process.returncode for process in launched] == [0, 0], logs[0][-3000:] + logs[1][-3000:]
     assert "resuming from" in logs[0]
     equal_to_one_node(*recipes)
+
+
+def test_a_signal_to_the_script_of_torchrun_is_one_to_torchrun_itself(tmp_path):
+    (tmp_path / "torchrun").write_text("#!/bin/bash\necho $$")
+    (tmp_path / "torchrun").chmod(0o755)
+    env = environment(FIRST_NODE=NODES[0], PATH=f"{tmp_path}:{os.environ['PATH']}")
+    script = subprocess.Popen(["bash", str(CLUSTER / "torchrun.sh"), "a.yaml"], env=env, stdout=subprocess.PIPE, text=True)
+    assert script.communicate(timeout=30)[0] == f"{script.pid}\n"
 
 
 def test_the_hostfile_example_is_one_that_the_launcher_reads():

@@ -206,7 +206,7 @@ def load_model(
     files.refuse_incomplete(folder, model.config.model_type, report["missing_keys"])
     if unused := sorted(report["unexpected_keys"]):
         log.warning("%s: ignores %d tensors that do not belong to the model (%s, ...)", folder, len(unused), unused[0])
-    return model.eval() if placed else model.to(device).eval()
+    return model.eval()  # never moved: what ZeRO 3 has dealt out over GPUs would lie on the CPU
 
 
 def named_dtype(name: str) -> torch.dtype | None:

@@ -18,7 +18,7 @@ from architectures import tiny_model as tiny_architecture
 from cases import cases
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal.errors import UserError
 from shoal.models import resolve
@@ -77,6 +77,14 @@ def test_checkpoint_is_loaded_in_eval_mode_as_it_was_saved(tmp_path: Path, kind:
     assert model.state_dict().keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
     assert len(decoder_layers(model)) == NUM_LAYERS
+
+
+def test_a_checkpoint_is_not_moved_once_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO 3 deals out weights over GPUs as they are loaded; moved to the CPU, they would be gathered there."""
+    moved: list[object] = []
+    monkeypatch.setattr(PreTrainedModel, "to", lambda model, *_: moved.append(model) or model)
+    load_model(tiny_checkpoint(tmp_path, "llama"))
+    assert not moved
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("stored", torch.bfloat16), ("float32", torch.float32)])
