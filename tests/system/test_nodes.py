@@ -177,7 +177,9 @@ def test_a_signal_to_the_script_of_torchrun_is_one_to_torchrun_itself(tmp_path):
     (tmp_path / "torchrun").write_text("#!/bin/bash\necho $$")
     (tmp_path / "torchrun").chmod(0o755)
     env = environment(FIRST_NODE=NODES[0], PATH=f"{tmp_path}:{os.environ['PATH']}")
-    script = subprocess.Popen(["bash", str(CLUSTER / "torchrun.sh"), "a.yaml"], env=env, stdout=subprocess.PIPE, text=True)
+    script = subprocess.Popen(
+        ["bash", str(CLUSTER / "torchrun.sh"), "a.yaml"], env=env, stdout=subprocess.PIPE, text=True
+    )
     assert script.communicate(timeout=30)[0] == f"{script.pid}\n"
 
 
