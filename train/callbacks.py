@@ -100,10 +100,15 @@ class Watcher(TrainerCallback):
         self.state: Callable[[], dict[str, Tensor] | None]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self._watch(0)
+        seen = {name for row in state.log_history if row["step"] == state.global_step for name in row}
+        if not any(name.startswith(PREFIX) for name in seen):
+            self._watch_if_due(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps or not control.should_training_stop:  # else saved first, scored later
+            self._watch_if_due(state)
+
+    def _watch_if_due(self, state: Any) -> None:
         every = self._settings.eval_steps
         every = math.ceil(every * state.max_steps) if every < 1 else round(every)
         if state.global_step % every == 0 or state.global_step == state.max_steps:

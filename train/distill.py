@@ -117,6 +117,8 @@ def distill(
         curves = [] if start_tracking() is None else [Curves(run_dir)]
     # before DeepSpeed is told of it: a teacher that speaks now is loaded whole
     teacher = recorded(spec, rows, home, inputs, verify=False)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # what came before is not training's
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
     arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
     profiler = Profiler(spec.settings.profile, run_dir / "profile")
@@ -166,7 +168,9 @@ def make_trainer(
         )
     # where it computes from the start, but for what DeepSpeed deals out or keeps on the host
     place = "cpu" if spec.deepspeed.stage == 3 or spec.deepspeed.offloads("offload_param") else device()
-    student, teacher = spec.student.model(dtype=str(held).removeprefix("torch."), device=place), None
+    lora = spec.settings.lora
+    begins = "cpu" if lora is not None and lora.load_in_4bit else place  # a device has room for its 4 bits alone
+    student, teacher = spec.student.model(dtype=str(held).removeprefix("torch."), device=begins), None
     stored = stored_names(spec.student.folder)
     make_trainable(student, spec, seed=arguments.seed, stored=stored)
     if spec.runs_teacher:

@@ -485,7 +485,9 @@ class DistillTrainer(ObjectiveTrainer):
 
         Without the second name of a tied weight: gathering makes copies, which would be saved twice.
         """
-        state: Any = self.accelerator.get_state_dict(self.model_wrapped)
+        gathers = self.spec.deepspeed.stage == 3
+        # every rank's copy would lie in the memory of its node
+        state: Any = self.accelerator.get_state_dict(self.model_wrapped) if gathers or is_main() else None
         if not is_main():
             return None
         student: Any = self.model

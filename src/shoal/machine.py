@@ -29,7 +29,9 @@ from shoal.ranks import allowed_cores
 from shoal.yaml_text import own_yaml
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Folder in which Linux tells a container its limits."""
+"""Folder in which Linux tells control groups, such as a container, their limits."""
+OWN_GROUP = Path("/proc/self/cgroup")
+"""File in which Linux tells a process its control group."""
 STATUS = Path("/proc/self/status")
 """File in which Linux tells a process about itself."""
 CPU_INFO = Path("/proc/cpuinfo")
@@ -37,17 +39,20 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def available_memory() -> int:
-    """Bytes that this process can still get: free in the machine and, in a container, below its limit."""
+    """Bytes that this process can still get: free in the machine and, in a container or a job, below its limit."""
     available = psutil.virtual_memory().available
-    limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (maximum := limit.read_text().strip()).isdigit():
-        available = min(available, int(maximum) - int(used.read_text()) + _cached_files())
+    lines = OWN_GROUP.read_text().splitlines() if OWN_GROUP.is_file() else []
+    own = CONTROL_GROUP / next((line.removeprefix("0::/") for line in lines if line.startswith("0::")), "")
+    for group in (own, *own.parents):  # SLURM limits a job, which a process sees as a group around its own
+        limit, used = group / "memory.max", group / "memory.current"
+        if limit.is_file() and used.is_file() and (maximum := limit.read_text().strip()).isdigit():
+            available = min(available, int(maximum) - int(used.read_text()) + _cached_files(group))
     return available
 
 
-def _cached_files() -> int:
-    """Bytes of files that the container has read or written and the system keeps until somebody wants the memory."""
-    told = CONTROL_GROUP / "memory.stat"
+def _cached_files(group: Path) -> int:
+    """Bytes of files that ``group`` has read or written and the system keeps until somebody wants the memory."""
+    told = group / "memory.stat"
     lines = [line.split() for line in told.read_text().splitlines()] if told.is_file() else []
     return sum(int(size) for name, size in lines if name in ("inactive_file", "active_file"))
 

@@ -171,7 +171,7 @@ def barrier() -> None:
     """Wait for all ranks, where they have joined, for as long as it takes.
 
     A collective that waited for work of one rank alone, a download or a proof, would end after its timeout. A rank that
-    is gone is not waited for: its launcher ends the others.
+    is gone is not waited for: its launcher ends the others, or while they train their Heartbeat.
 
     Raises:
         torch.distributed.DistNetworkError: rank 0 is gone.

@@ -35,6 +35,19 @@ def test_a_processor_multiplies_fast_in_bfloat16_by_its_instructions(
     assert bfloat16_instructions(CPU) == expected
 
 
+def test_a_limit_of_a_group_around_that_of_this_process_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").write_text("4:memory:/elsewhere\n0::/job_7/step_0\n")
+    (tmp_path / "job_7" / "step_0").mkdir(parents=True)
+    for name, told in {"max": "3000", "current": "2000", "stat": "active_file 30\nanon 9"}.items():
+        (tmp_path / "job_7" / f"memory.{name}").write_text(told)
+    (tmp_path / "job_7" / "step_0" / "memory.max").write_text("max")
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUP", tmp_path / "own")
+    assert machine.available_memory() == 1030
+
+
 @pytest.mark.parametrize(("capability", "expected"), [((8, 0), "bfloat16"), ((7, 5), "float16"), ((6, 1), "float32")])
 def test_a_gpu_computes_in_what_it_has_instructions_for(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str

@@ -35,13 +35,14 @@ class Training:
         watcher.state = lambda: {"weight": torch.tensor([float(self.step)])}
         self.watcher = watcher
 
-    def run(self, steps: range, *, max_steps: int) -> None:
-        state = SimpleNamespace(global_step=steps.start, max_steps=max_steps)
+    def run(self, steps: range, *, max_steps: int, stopped_at: int | None = None) -> None:
+        rows = [{"step": step, **row} for step, row in self.logged.items()]
+        state = SimpleNamespace(global_step=steps.start, max_steps=max_steps, log_history=rows)
         self.step = steps.start
         self.watcher.on_train_begin(None, state, None)
         for step in steps:
             self.step = state.global_step = step + 1
-            self.watcher.on_step_end(None, state, None)
+            self.watcher.on_step_end(None, state, SimpleNamespace(should_training_stop=stopped_at == self.step))
 
 
 @pytest.mark.parametrize(("steps", "last"), [((2, 3), 3), ((4, 9), 4)])
@@ -85,6 +86,17 @@ def test_the_student_is_scored_before_the_first_step_at_every_so_many_and_after_
     training.run(range(10), max_steps=10)
     assert list(training.logged) == steps
     assert training.logged[0] == {"watch/knowledge": 0.0}
+
+
+def test_a_step_at_which_training_is_stopped_is_scored_when_it_goes_on_so_that_it_is_saved_first(tmp_path):
+    training = Training(watcher(tmp_path, eval_steps=2), {})
+    own, scored = training.watcher.score, []
+    training.watcher.score = lambda: scored.append(training.step) or own()
+    training.run(range(4), max_steps=8, stopped_at=4)
+    assert scored == [0, 2]
+    for begin in (4, 6):  # one that was scored is not scored again
+        training.run(range(begin, begin + 2), max_steps=8)
+    assert scored == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize(("higher_is_better", "best"), [(True, 4), (False, 6)])

@@ -190,11 +190,13 @@ def separate_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
 
 
 def remove_older(folder: Path, *, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints. Called after a commit, so that one always remains."""
-    complete = [c for c in sorted(folder.glob("checkpoint-*"), key=step_of) if (c / MANIFEST).is_file()]
-    for old in complete[:-keep]:
-        (old / MANIFEST).unlink()  # first: a half-deleted checkpoint must not look whole
-        shutil.rmtree(old)
+    """Delete all but the newest ``keep`` complete checkpoints, and what is left of older ones that were never finished.
+    Called after a commit, so that one always remains. What cannot be deleted now is, after the next one."""
+    every = sorted((c for c in folder.glob("checkpoint-*") if c.is_dir() and step_of(c) >= 0), key=step_of)
+    kept = [checkpoint for checkpoint in every if (checkpoint / MANIFEST).is_file()][-keep:]
+    for old in every[: every.index(kept[0])]:
+        (old / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted checkpoint must not look whole
+        shutil.rmtree(old, ignore_errors=True)  # NFS keeps a file that is open somewhere
 
 
 class _Damaged(Exception):

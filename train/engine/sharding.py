@@ -27,10 +27,17 @@ REDUCED_AT_ONCE = 2**24
 """Gradients in one buffer that ranks add up without ZeRO; a larger tensor has one of its own."""
 
 
+def _free_memory(self: object, device_index: int | None = None) -> int:
+    """Bytes free on a GPU. DeepSpeed's own asks pynvml, and takes names in CUDA_VISIBLE_DEVICES for numbers."""
+    return torch.cuda.mem_get_info(device_index)[0]
+
+
 def join_deepspeed() -> None:
     """Let DeepSpeed know the process group; otherwise ZeRO-3 takes the world size as 1 while it loads models."""
     import deepspeed
+    from deepspeed.accelerator import cuda_accelerator
 
+    cuda_accelerator.CUDA_Accelerator.available_memory = _free_memory
     compile_no_collectives()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 

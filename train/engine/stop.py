@@ -103,19 +103,21 @@ class Heartbeat(TrainerCallback):
 
     def _beat(self) -> None:
         beat = 0
-        before: dict[int, dict[str, Any]] | None = None  # the others' signs when this rank began to wonder
+        before: dict[int, dict[str, Any]] | None = None  # what the others said when this rank last looked
+        looked = self._moved
         while not self._ended.wait(self._interval_s):
             beat += 1
             self._show(beat)
             waited_s = time.monotonic() - self._moved
             if waited_s < self._patience_s / 2:
                 before = None
-            elif before is None:
-                before = read_signs(self._folder)
-            elif waited_s > self._patience_s:
-                late = late_ranks(before, read_signs(self._folder))
-                if late and rank() not in late:
-                    self._end(late, waited_s)
+            elif before is None or time.monotonic() - looked > self._patience_s / 2:
+                with contextlib.suppress(OSError, ValueError):  # a file that its rank replaces now, on a shared disk
+                    now = read_signs(self._folder)
+                    late = late_ranks(before, now) if before is not None and waited_s > self._patience_s else {}
+                    if late and rank() not in late:
+                        self._end(late, waited_s)
+                    before, looked = now, time.monotonic()  # again and again: a rank may be lost late in a long wait
 
     def _show(self, beat: int) -> None:
         """Written whole, but not forced to the disk: that could stall for longer than a beat while a checkpoint is."""

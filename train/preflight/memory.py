@@ -169,8 +169,8 @@ class Job:
             fixed + (_own_weights(self, shared=0) + on_device) * (setting.stage < 3),  # they are loaded
             always + gradients * kept + communication + whole if runs and setting.stage == 3 else 0,
         )
-        # read into the memory of a CPU first, but by GPUs that hold models whole
-        loading = whole * (self.on_cpu or setting.stage == 3 or setting.offload_parameters)
+        # read into the memory of a CPU first, but by GPUs that hold models whole and not in 4 bits
+        loading = whole * (self.on_cpu or setting.stage == 3 or setting.offload_parameters or self.in_four_bits > 0)
         if setting.teacher == "offloaded" or (setting.teacher == "live" and (self.on_cpu or setting.stage == 3)):
             loading += spec.teacher_dtype.itemsize * teacher.parameters
         return Memory(

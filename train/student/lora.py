@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from shoal import runtime
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy
 from shoal.recipe.distill import Lora
@@ -73,10 +74,11 @@ def linear_modules(student: PreTrainedModel, layers: Collection[int]) -> list[st
 
 
 def _quantise(student: PreTrainedModel, stored: Set[str]) -> None:
-    """Hold the linear modules of all layers in 4 bits, their scales quantised too. They are made so on the device that
-    they are on."""
+    """Hold the linear modules of all layers in 4 bits, their scales quantised too, and put the model on the device of
+    this rank: one linear module after the other, so that the whole one need never be there."""
     import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
 
+    device = runtime.device()
     for name in linear_modules(student, range(len(anatomy(student).layers))):
         module = student.get_submodule(name)
         if type(module) is not nn.Linear:
@@ -86,7 +88,6 @@ def _quantise(student: PreTrainedModel, stored: Set[str]) -> None:
                 f"distill.lora.load_in_4bit: {type(student).__name__} stores {name}.weight under another name, so "
                 "its 4-bit copy could not be undone; set it to false"
             )
-        device = module.weight.device
         quantised = bnb.nn.Linear4bit(
             module.in_features, module.out_features, bias=module.bias is not None, quant_type="nf4", device="meta"
         )
@@ -96,6 +97,7 @@ def _quantise(student: PreTrainedModel, stored: Set[str]) -> None:
         # a CPU would else repack the weight in the first forward of an evaluation, and training cannot read that
         quantised.support_avx512bf16_for_cpu = False
         student.set_submodule(name, quantised)
+    student.to(device)  # pyright: ignore[reportArgumentType]
 
 
 def adapted_modules(student: PreTrainedModel) -> dict[str, Any]:

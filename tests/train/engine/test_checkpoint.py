@@ -141,11 +141,15 @@ def test_a_checkpoint_that_this_user_has_not_signed_is_refused_without_consent(t
     assert last_complete(folder, INPUTS) == newest
 
 
-def test_removal_keeps_the_newest_complete_ones_and_does_not_count_unfinished_ones(tmp_path):
+def test_removal_keeps_the_newest_complete_ones_and_an_unfinished_one_that_is_newer(tmp_path):
+    checkpoint(tmp_path, 0)
     committed(tmp_path, 1, 2, 3)
-    checkpoint(tmp_path, 4)
+    for step in (4, "mine"):  # the second is a user's own
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-1.tar").touch()
     remove_older(tmp_path, keep=2)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    left = ["checkpoint-1.tar", "checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-mine"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == left
 
 
 @pytest.mark.parametrize(("saved", "asked"), [(2, 3), (3, 2), (0, 1), (1, 0)])

@@ -28,8 +28,8 @@ def test_a_rank_is_late_that_is_silent_or_else_behind(before, now, late):
     assert all(words in found[rank] for rank, words in late.items())
 
 
-@pytest.mark.parametrize("other", ["silent", "alive"])
-def test_a_waiting_rank_ends_itself_only_for_a_late_one(tmp_path, monkeypatch, caplog, other):
+@pytest.mark.parametrize(("other", "lives_s"), [("silent", 0), ("lost late in a long wait", 1), ("alive", 9)])
+def test_a_waiting_rank_ends_itself_only_for_a_late_one(tmp_path, monkeypatch, caplog, other, lives_s):
     for name, value in as_rank(0, 2).items():
         monkeypatch.setenv(name, value)
     ended = []
@@ -37,16 +37,16 @@ def test_a_waiting_rank_ends_itself_only_for_a_late_one(tmp_path, monkeypatch, c
     heartbeat = Heartbeat(tmp_path, timeout_s=0.4)
     (tmp_path / FOLDER).mkdir()
     heartbeat.start()
-    deadline = time.monotonic() + 1.5
-    beat = 0
-    while time.monotonic() < deadline and not ended:
-        beat += 1
+    begun = time.monotonic()
+    beat = 1
+    while time.monotonic() < begun + 2.5 and not ended:
+        beat += time.monotonic() < begun + lives_s
         whole = tmp_path / "sign"
-        whole.write_text(json.dumps(sign(1 if other == "silent" else beat, 0, pid=77)))
+        whole.write_text(json.dumps(sign(beat, 0, pid=77)))
         whole.replace(tmp_path / FOLDER / "1.json")
         time.sleep(0.005)
     heartbeat.stop()
-    if other == "silent":
+    if other != "alive":
         assert ended[0] == 1
         assert "rank 1 (host node-a, process 77) does not respond" in caplog.text
         assert "the same command resumes from the last checkpoint" in caplog.text

@@ -101,13 +101,14 @@ def test_adapters_beside_4_bit_weights_are_merged_into_the_stored_ones(tmp_path)
     plain = tiny_model("llama", dtype=torch.bfloat16)
     plain.save_pretrained(tmp_path)
     student, lora = tiny_model("llama", dtype=torch.bfloat16).float(), Lora(r=3, load_in_4bit=True)
-    with pytest.raises(UserError, match=r"LlamaForCausalLM keeps model\.layers\.0\.self_attn\.q_proj\.weight under"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM stores model\.layers\.0\.self_attn\.q_proj\.weight under"):
         add_adapters(student, lora, trained_parts("near_gaps", CUT), seed=0)
     chosen = add_adapters(student, lora, trained_parts("near_gaps", CUT), seed=0, stored=stored_names(tmp_path))
     inside = [module for module in student.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(inside) == 6 * 7
     assert all(module.weight.dtype == torch.uint8 for module in inside)
     assert names(student) == {f"{name}.lora_{part}.default.weight" for name in chosen for part in "AB"}
+    student.to("cpu")  # which is not where it is put beside a GPU
     assert logits(student).isfinite().all()  # a look at it before training goes on
     student.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
