@@ -1,6 +1,6 @@
 """One streaming pass over calibration rows for all metrics of hidden states.
 
-B rows of a batch, S tokens of each, K sampled tokens.
+B rows of a batch, S tokens of each.
 
 Besides the sums that metrics keep, memory is that of one batch: a few numbers per token and layer, and all states of
 the batch where a metric compares every layer with every other.
@@ -16,16 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, text_config, watched
+from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, watched
 from shoal.models.document_masks import documents_apart, documents_known
 from shoal.progress import each
 
 from .hidden_metrics import HIDDEN_METRICS, refuse_other_states
 from .metric import Calibration, Result, add_up_ranks, refuse_fault
 from .observation import Batch, Observation, Reading
-
-SAMPLE_SIZE = 256
-"""Tokens whose states are kept, where a metric asks for some."""
 
 
 @torch.inference_mode()
@@ -60,13 +57,11 @@ class HiddenPass:
         self._calibration, self._names = calibration, names
         chosen = [HIDDEN_METRICS[name] for name in names]
         self._reads = frozenset[Reading]().union(*(metric.reads for metric in chosen))
-        self._sample_K2 = sampled_tokens(calibration)
-        sizes = len(self._layers), text_config(model.config).hidden_size, len(self._sample_K2)
-        self._metrics = [metric(*sizes) for metric in chosen]
+        self._metrics = [metric(len(self._layers)) for metric in chosen]
 
     def batch(self, rows_B: Tensor) -> Batch:
         """The calibration rows of these indices, on the model's device."""
-        return Batch.of(self._calibration, rows_B, self._sample_K2, self._device)
+        return Batch.of(self._calibration, rows_B, self._device)
 
     @contextmanager
     def counting(self, batch: Batch) -> Iterator[None]:
@@ -99,15 +94,3 @@ class HiddenPass:
         for metric, count, total in zip(metrics, counts.tolist(), sums, strict=True):
             metric.count, metric.sums = count, total
         return {name: metric.scores() for name, metric in zip(self._names, metrics, strict=True)}
-
-
-def sampled_tokens(calibration: Calibration) -> Tensor:
-    """Row and column (K, 2) of evenly spaced tokens, no document's first one among them if possible.
-
-    They depend on the order of the documents only, not on batches, ranks or the rows' length.
-    """
-    follows_NS = calibration.follows_NS
-    eligible_E2 = (follows_NS if follows_NS.any() else ~follows_NS).nonzero()
-    size = min(SAMPLE_SIZE, len(eligible_E2))
-    # the middles of `size` equal parts: neither end of the data is preferred
-    return eligible_E2[(2 * torch.arange(size) + 1) * len(eligible_E2) // (2 * max(size, 1))]

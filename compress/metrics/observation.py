@@ -4,7 +4,7 @@ A metric names what it reads; whatever several of them read is computed once. Su
 remains of a batch, and they go to the CPU at its end, where the last steps run in float64: the arc cosine of a float32
 cosine next to 1 is off by 3e-4, which is more than some layers matter.
 
-B rows, S tokens of each, T = B*S, D hidden, L layers, M documents, K sampled tokens.
+B rows, S tokens of each, T = B*S, D hidden, L layers, M documents.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from shoal.runtime import queued
 
 from .metric import Calibration
 
-Reading = Literal["products", "updates", "last", "sample"]
+Reading = Literal["products", "updates", "last"]
 """Quantity that a metric reads. products: inner ones of a layer's input and output; updates: norms of their difference;
-last: states of documents' last tokens; sample: states of some tokens."""
+last: states of documents' last tokens."""
 
 Quantity = Literal["products", "before_squares", "after_squares", "update_squares"]
 """Number of every layer; squares: squared norms of its input, its output and what it adds."""
@@ -35,7 +35,7 @@ NUMBERS = ("products", "before_squares", "after_squares", "update_squares")
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that run together. On the model's device, but for indices of all data and ``slots_K``."""
+    """Rows that run together. On the model's device, but for indices of all data."""
 
     rows_B: Tensor
     """Indices in the calibration data."""
@@ -43,27 +43,18 @@ class Batch:
     position_ids_BS: Tensor
     last_M: Tensor
     """Flat indices of every document's last token."""
-    sample_K: Tensor
-    """Flat indices of the tokens of this batch that are in the sample of the whole pass."""
-    slots_K: Tensor
-    """Places of these tokens in that sample."""
 
     @classmethod
-    def of(cls, calibration: Calibration, rows_B: Tensor, sample_K2: Tensor, device: torch.device) -> Batch:
-        """The rows ``rows_B``; ``sample_K2`` is the whole pass's sample, of which some tokens may lie in them."""
+    def of(cls, calibration: Calibration, rows_B: Tensor, device: torch.device) -> Batch:
+        """The rows ``rows_B``."""
         position_ids_BS = calibration.rows.position_ids_NS[rows_B].long()
         starts_BS = document_starts(position_ids_BS)
         ends_T = starts_BS.roll(-1, dims=1).flatten()  # the next token starts a document, or the row ends
-        # of the pass's sample: which row of this batch, and which entry of the sample
-        place_K, slots_K = (rows_B[:, None] == sample_K2[:, 0]).nonzero(as_tuple=True)
-        sample_K = place_K * starts_BS.shape[1] + sample_K2[slots_K, 1]
         return cls(
             rows_B,
             queued(calibration.rows.input_ids_NS[rows_B], device),
             queued(position_ids_BS, device),
             last_M=queued(ends_T.nonzero().flatten(), device),
-            sample_K=queued(sample_K, device),
-            slots_K=slots_K,
         )
 
     @property
@@ -99,8 +90,6 @@ class Observation:
     def _keep(self, state_TD: Tensor) -> None:
         if "last" in self._reads:
             self._found["last"].append(state_TD[self.batch.last_M])
-        if "sample" in self._reads:
-            self._found["sample"].append(state_TD[self.batch.sample_K].float())
 
     def of_layers(self, quantity: Quantity) -> Tensor:
         """What was found of every layer for each token, (L, T)."""
@@ -116,11 +105,6 @@ class Observation:
     def last_MLD(self) -> Tensor:
         """States (M, L+1, D) of every document's last token."""
         return torch.stack(self._found["last"], dim=1).cpu().double()
-
-    @property
-    def sample_KLD(self) -> Tensor:
-        """States (K, L+1, D) of the sampled tokens, in float32."""
-        return torch.stack(self._found["sample"], dim=1).cpu()
 
     def first_fault(self) -> tuple[int, int] | None:
         """The lowest of the L+1 states that is not finite, and its first token; None where all are.

@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {
 }
 """Every recipe; the settings of a case replace those of the same name, section by section."""
 GENERAL_METRICS = [
-    *("block_influence", "angular", "update_norm", "mka_similarity", "magnitude"),
+    *("block_influence", "angular", "update_norm", "magnitude"),
     *("taylor", "single_drop_perplexity", "sleb", "blockpruner"),
 ]
 PAPER_METRICS = ["present_absent", "local_shapley"]

@@ -26,7 +26,7 @@ from shoal.recipe.section import (
 
 Operator = Literal["layer", "attention", "mlp"]
 Metric = Literal[
-    "block_influence", "angular", "update_norm", "mka_similarity",
+    "block_influence", "angular", "update_norm",
     "magnitude", "taylor",
     "single_drop_perplexity", "sleb", "blockpruner", "present_absent", "local_shapley",
     "task_greedy",
