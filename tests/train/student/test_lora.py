@@ -108,7 +108,7 @@ def test_adapters_beside_4_bit_weights_are_merged_into_the_stored_ones(tmp_path)
     assert len(inside) == 6 * 7
     assert all(module.weight.dtype == torch.uint8 for module in inside)
     assert names(student) == {f"{name}.lora_{part}.default.weight" for name in chosen for part in "AB"}
-    student.to("cpu")  # which is not where it is put beside a GPU
+    student.to("cpu")  # pyright: ignore[reportArgumentType] - which is not where it is put beside a GPU
     assert logits(student).isfinite().all()  # a look at it before training goes on
     student.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
