@@ -117,8 +117,6 @@ def distill(
         curves = [] if start_tracking() is None else [Curves(run_dir)]
     # before DeepSpeed is told of it: a teacher that speaks now is loaded whole
     teacher = recorded(spec, rows, home, inputs, verify=False)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # what came before is not training's
     stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
     arguments = _arguments(spec, run_dir, resume, seed=inputs["seed"])
     profiler = Profiler(spec.settings.profile, run_dir / "profile")
@@ -160,6 +158,8 @@ def make_trainer(
     Raises:
         UserError: parts of the recipe that contradict the plan or the models.
     """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # what came before is not training's
     held = spec.deepspeed.weight_dtype
     if held.itemsize < spec.student.stored_dtype.itemsize:
         log.warning(
