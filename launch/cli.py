@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -258,10 +258,22 @@ def _dispatch(verb: str, recipe: Recipe, memory: str | None, launch: Callable[..
         launch(verb, run)
         return run
     with locked(run) if ranks.is_main() else contextlib.nullcontext():
-        stage(run)
-        runtime.leave_distributed()  # before an upload that the other ranks need not wait for
+        with _alive(run) if launched and verb != "distill" else contextlib.nullcontext():
+            stage(run)
+            runtime.leave_distributed()  # before an upload that the other ranks need not wait for
         pipeline.track(run)
     return run
+
+
+@contextlib.contextmanager
+def _alive(run: Run) -> Iterator[None]:
+    """End this rank while the block runs if another one does not respond; `distill` looks at their progress too."""
+    with loading():
+        from shoal.train.engine.stop import Heartbeat
+    heartbeat = Heartbeat(run.dir, timeout_s=run.recipe.distill.ddp_timeout)
+    heartbeat.start()
+    yield
+    heartbeat.stop()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from shoal.data.image_rows import ImageReader, RowsWithImages
 from shoal.data.packing import SOURCES, PackedRows, read_rows
 from shoal.data.sources import opened, texts_fingerprint
 from shoal.data.streams import Layout, Written, pack
-from shoal.inference.vllm import check_vllm, vllm_dtype, vllm_engine
+from shoal.inference.vllm import check_vllm, end_engine, vllm_dtype, vllm_engine
 from shoal.models.load import Checkpoint
 from shoal.ranks import is_main
 from shoal.recipe.distill import Distill, Generate, Recorded, sources_that_ask
@@ -58,7 +58,10 @@ def teacher_texts(
             settings, number, tokenizer, folder=folder, inputs=known_by, seed=seed, load_writer=load_writer
         )
 
-    return {n: written(n, source.generate) for n, source in enumerate(settings.data) if source.generate is not None}
+    texts = {n: written(n, source.generate) for n, source in enumerate(settings.data) if source.generate is not None}
+    if engine.cache_info().currsize:
+        end_engine(engine())
+    return texts
 
 
 def sources_apart(settings: Distill) -> list[bool] | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shoal.inference.vllm import vllm_dtype
+from shoal.inference.vllm import end_engine, vllm_dtype
 from shoal.models.load import Checkpoint
 from shoal.runtime import free_memory
 
@@ -39,6 +39,6 @@ def vllm_lm(checkpoint: Checkpoint, *, seed: int) -> Iterator[Any]:
     try:
         yield lm
     finally:
-        lm.model.llm_engine.engine_core.shutdown()
+        end_engine(lm.model)
         del lm
         free_memory()

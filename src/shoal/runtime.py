@@ -146,6 +146,8 @@ def set_up_distributed(timeout_s: int) -> None:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
+    if torch.accelerator.device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # of a process that sees its own device alone, as under srun --gpus-per-task
     own_device = device()
     if own_device.type != "cpu":
         torch.accelerator.set_device_index(own_device.index)

@@ -108,6 +108,20 @@ def test_a_rank_without_its_number_on_the_node_is_the_first_there_unless_slurm_s
     assert (rank(), local_rank(), world_size()) == (3, own, 4)
 
 
+@pytest.mark.parametrize(("seen", "own"), [(1, 0), (4, 3)])
+def test_a_rank_that_sees_its_device_alone_is_the_first_there(
+    monkeypatch: pytest.MonkeyPatch, seen: int, own: int
+) -> None:
+    for name, value in {"RANK": "7", "LOCAL_RANK": "3", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # which are put back after the test
+        monkeypatch.setattr(runtime.distributed_c10d, name, None)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: seen)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    runtime.set_up_distributed(77)
+    assert local_rank() == own
+
+
 def _make_a_group(rank: int, world_size: int) -> None:
     runtime.set_up_distributed(77)
     group: Any = dist.new_group([rank])

@@ -27,6 +27,7 @@ from shoal.artifacts.importance import Importance
 from shoal.artifacts.training import Training
 from shoal.ranks import free_port
 from shoal.stopping import _alive
+from shoal.train.engine.stop import FOLDER
 
 ROOT = Path(__file__).parents[2]
 SELDOM = {"save_strategy": "steps", "save_steps": 10}
@@ -258,9 +259,23 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_le
         log = said.read()
     assert waiting.exitcode
     assert f"rank 1 (host {socket.gethostname()}, process {late.pid}) does not respond" in log
-    assert "the same command resumes from the last checkpoint" in log
+    assert "the same command resumes from what is saved" in log
     assert "resuming from" in finished(distill(path))
     assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
+
+
+def test_a_stopped_rank_is_named_where_nothing_is_trained_too(pruned, tmp_path):
+    path = pruned(tmp_path)
+    arguments = ["measure", "--config", str(path), "distill.trainer.ddp_timeout=8"]
+    with TemporaryFile("w+") as said:
+        waiting, late = start_ranks(arguments, ranks=2, env=environment(), cwd=tmp_path, log=said)
+        wait_for((path.parent / "run" / FOLDER / "1.json").is_file, "the second rank's first beat")
+        psutil.Process(late.pid).suspend()
+        waiting.join(60)
+        late.kill()
+        said.seek(0)
+        assert f"process {late.pid}) does not respond" in said.read()
+    assert waiting.exitcode
 
 
 def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_reference, pruned, tmp_path):

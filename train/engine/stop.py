@@ -135,8 +135,8 @@ class Heartbeat(TrainerCallback):
         if rank() == min(set(range(world_size())) - set(late)):
             for number, reason in late.items():
                 log.error(
-                    "no rank made progress for %.0f s: rank %d %s. Stopping; the same command resumes from the last "
-                    "checkpoint (distill.trainer.ddp_timeout sets this limit)",
+                    "no rank made progress for %.0f s: rank %d %s. Stopping; the same command resumes from what is "
+                    "saved (distill.trainer.ddp_timeout sets this limit)",
                     waited_s,
                     number,
                     reason,

@@ -50,3 +50,8 @@ def vllm_engine(checkpoint: Checkpoint, *, seed: int, **settings: Any) -> Any:
         seed=seed,
         **settings,
     )
+
+
+def end_engine(engine: Any) -> None:
+    """End the process of a vllm.LLM, which else holds its memory until Python collects it."""
+    engine.llm_engine.engine_core.shutdown()

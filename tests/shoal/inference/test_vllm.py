@@ -45,6 +45,7 @@ def test_text_is_written_in_the_precision_that_it_is_known_by(
     install(monkeypatch)
     known_by = written(tmp_path, stored, dtype)
     (engine,) = LLM.made
+    assert not engine.is_open, "training needs its memory"
     assert engine.dtype == (stored if dtype == "stored" else torch.bfloat16)
     # "stored" names the text of a bfloat16 checkpoint as ever; of a float32 one it named what float16 had written
     assert known_by == ("float32" if (stored, dtype) == (torch.float32, "stored") else dtype)

@@ -49,7 +49,7 @@ def test_a_waiting_rank_ends_itself_only_for_a_late_one(tmp_path, monkeypatch, c
     if other != "alive":
         assert ended[0] == 1
         assert "rank 1 (host node-a, process 77) does not respond" in caplog.text
-        assert "the same command resumes from the last checkpoint" in caplog.text
+        assert "the same command resumes from what is saved" in caplog.text
     else:
         assert not ended
         assert not (tmp_path / FOLDER / "0.json").exists()
