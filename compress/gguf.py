@@ -396,9 +396,36 @@ def _attention_scale(num_layers_of_27b: int) -> Rule:
     return rule
 
 
+def _minicpm3(values: Values) -> str | None:
+    """Scales of branches, embeddings and logits are constants there; a cut changes the first with its depth."""
+    assumed = {"scale_depth": 1.4, "scale_emb": 12, "dim_model_base": 256}
+    wrong = [f"{name} {values[name]}" for name, value in assumed.items() if values[name] != value]
+    return f"llama.cpp runs it with {assumed}, this student needs {', '.join(wrong)}" if wrong else None
+
+
+def _deepseek(values: Values) -> str | None:
+    depth, rank = values["num_hidden_layers"], values.get("q_lora_rank")
+    if (rank is None) == (depth in {26, 27} or (depth, values["vocab_size"]) == (48, 128256)):
+        return None
+    return (
+        "llama.cpp takes models of 26 or 27 layers (48 with 128,256 tokens), and no others, for those with q_lora_rank "
+        f"null; this student has {depth} layers and q_lora_rank {rank}"
+    )
+
+
+def _cohere(values: Values) -> str | None:
+    depth, has_norms = values["num_hidden_layers"], bool(values.get("use_qk_norm"))
+    if has_norms == (depth >= 64):
+        return None
+    told = f"this student has {depth} layers and use_qk_norm {has_norms}"
+    return f"llama.cpp takes models of 64 layers or more, and no others, for those with use_qk_norm; {told}"
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "AfmoeForCausalLM": (_afmoe,),
     **dict.fromkeys(("Cohere2ForCausalLM", "ExaoneMoeForCausalLM", "Olmo3ForCausalLM"), (_sliding(4),)),
+    "CohereForCausalLM": (_cohere,),
+    **dict.fromkeys(("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"), (_deepseek,)),
     **dict.fromkeys(("Exaone4ForCausalLM", "Exaone4_5_ForConditionalGeneration"), (_exaone4,)),
     "Gemma2ForCausalLM": (_sliding(2), _attention_scale(46)),
     **dict.fromkeys(("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), (_sliding(6), _attention_scale(62))),
@@ -406,6 +433,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "GptOssForCausalLM": (_sliding(2),),
     "LagunaForCausalLM": (_sliding(4, full_first=True),),
     **dict.fromkeys(("Llama4ForCausalLM", "Llama4ForConditionalGeneration"), (_llama4,)),
+    "MiniCPM3ForCausalLM": (_minicpm3,),
     "Qwen3NextForCausalLM": (_recurrent,),
     **dict.fromkeys(("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"), (_recurrent,)),
     **dict.fromkeys(("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"), (_recurrent,)),

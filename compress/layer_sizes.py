@@ -23,6 +23,7 @@ from shoal.models.load import load_config, loaded_dtype, without_data
 from shoal.recipe.prune import Target
 
 from .free_layers import Goal, Goals, goal_of_memory, goal_of_parameters, goals_asked
+from .surgery.cut_model import side_by_side_dim
 from .surgery.quantised import without_quantization
 from .surgery.stored_names import NotByCopy, find_layers, split_layer, student_names
 
@@ -92,8 +93,12 @@ def layer_sizes(folder: Path, *, trust_remote_code: bool = False) -> LayerSizes:
     model = without_data(plain, dtype=dtype)
     cost, parts = model_cost(model), anatomy(model)
     holders = _holders(model)
+    # a layer's slices of tensors that hold one for every layer go with it; an embedding's are not read but for a row
+    sliced = {name: tensor for name, tensor in model.named_parameters() if side_by_side_dim(name) is not None}
+    slices = sum(tensor.numel() for tensor in sliced.values()) // len(parts.layers)
+    read = sum(tensor.numel() for name, tensor in sliced.items() if "embed" not in name) // len(parts.layers)
     own = tuple(
-        sum(parameter.numel() for parameter in layer.parameters() if holders[id(parameter)] == 1)
+        slices + sum(parameter.numel() for parameter in layer.parameters() if holders[id(parameter)] == 1)
         for layer in parts.layers
     )
     stored = stored_bytes(shards, model)
@@ -105,7 +110,7 @@ def layer_sizes(folder: Path, *, trust_remote_code: bool = False) -> LayerSizes:
         cost=cost,
         stored=stored,
         layer_parameters=own,
-        layer_active=tuple(map(active_parameters, parts.layers)),
+        layer_active=tuple(read + active_parameters(layer) for layer in parts.layers),
         bytes_per_parameter=whole / cost.num_parameters if quantisation else dtype.itemsize,
         length=usual_length(config),
     )
@@ -127,16 +132,18 @@ def stored_bytes(shards: Sequence[Shard], model: PreTrainedModel) -> StoredBytes
         return None
     num_layers = text_config(model.config).num_hidden_layers
     copied = student_names(stored, prefix=prefix, num_layers=num_layers, keep=range(num_layers))
-    holders, own = _holders(model), decoder_layers(model)
+    holders = _holders(model)
     shared = [
         {name for name, parameter in layer.named_parameters(remove_duplicate=False) if holders[id(parameter)] > 1}
-        for layer in own
+        for layer in decoder_layers(model)
     ]
     layers, outside = [0] * num_layers, 0
     for name in copied:
         layer, rest = split_layer(name, prefix)
+        if side_by_side_dim(name) is not None:
+            layers = [own + stored[name] // num_layers for own in layers]
         # a file has what layers share once, in one of them; a student without that one has it in the next
-        if layer is None or layer >= num_layers or rest in shared[layer]:
+        elif layer is None or layer >= num_layers or rest in shared[layer]:
             outside += stored[name]
         else:
             layers[layer] += stored[name]

@@ -215,17 +215,9 @@ def kept_ranks(kinds: Sequence[str], keep: Sequence[int]) -> list[int]:
 
 
 def _rescale_depth(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-    """MiniCPM multiplies every residual branch by scale_depth / sqrt(number of layers); this must not change a bit."""
-    scale = values["scale_depth"] / math.sqrt(values["num_hidden_layers"])
-    root = math.sqrt(len(keep))
-    # scale * root rounds, so dividing it by root may miss the scale by a unit in the last place: its neighbours do not
-    for limit in (math.inf, -math.inf):
-        candidate = scale * root
-        for _ in range(4):
-            if candidate / root == scale:
-                return {"scale_depth": candidate}
-            candidate = math.nextafter(candidate, limit)
-    return {}
+    """MiniCPM multiplies every residual branch by scale_depth / sqrt(number of layers), which must stay: to a unit in
+    the last place of float64, so that float32, in which it multiplies, has the same number."""
+    return {"scale_depth": values["scale_depth"] * math.sqrt(len(keep) / values["num_hidden_layers"])}
 
 
 _PERIODS = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))

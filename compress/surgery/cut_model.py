@@ -164,6 +164,8 @@ def layer_traits(layer: nn.Module, index: int) -> dict[str, Any]:
             if plain and key not in ("training", "gradient_checkpointing") and not key.startswith("_"):
                 if key in ("layer_idx", "layer_id", "layer_number") and isinstance(value, int) and value >= 0:
                     value -= index  # -1 is no layer's: a block that several layers share
+                if isinstance(value, float):  # a scale that a cut recomputes may differ in the last place of float64
+                    value = torch.tensor(value, dtype=torch.float32, device="cpu").item()
                 traits[f"{name}.{key}"] = value
     return traits
 

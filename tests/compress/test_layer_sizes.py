@@ -63,6 +63,19 @@ def test_sizes_of_unlike_layers_are_those_of_the_students_files(family: str, tmp
         assert left(sizes, cache, sizes.cache(batch_size, num_tokens)) == student.cache(batch_size, num_tokens)
 
 
+def test_a_layer_takes_its_slices_of_the_tensors_that_hold_one_for_every_layer(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    architectures.tiny_model("gemma3n_text").save_pretrained(teacher)
+    sizes, drop = layer_sizes(teacher), (0, 1)
+    assert sizes.stored.of(range(2, 6)) == written(teacher, tmp_path / "student", sizes.num_layers, drop)
+    student = layer_sizes(tmp_path / "student").cost
+    for own, whole, rest in (
+        (sizes.layer_parameters, sizes.cost.num_parameters, student.num_parameters),
+        (sizes.layer_active, sizes.cost.active_parameters, student.active_parameters),
+    ):
+        assert whole - sum(own[layer] for layer in drop) == rest
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama_tied", "gemma3"])
 def test_sizes_are_those_of_the_loaded_student(family: str, tmp_path: Path) -> None:

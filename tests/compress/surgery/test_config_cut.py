@@ -182,6 +182,14 @@ def _layer_inputs(model: Any, input_ids: Tensor) -> Tensor:
     return decoder.project_per_layer_inputs(decoder.embed_tokens(input_ids), decoder.get_per_layer_inputs(input_ids))
 
 
+@pytest.mark.parametrize("num_kept", range(1, 8))
+def test_branches_keep_their_scale_at_every_depth(num_kept: int) -> None:
+    teacher = tiny_model("minicpm3", num_hidden_layers=8)
+    student = cut_model(teacher, tuple(range(num_kept, 8)))
+    old, new = (model.get_submodule(anatomy(model).layers_name)[0].residual_scale for model in (teacher, student))
+    assert torch.tensor(new) == torch.tensor(old)
+
+
 @pytest.mark.parametrize(("family", "drop", "message"), CASES)
 def test_layer_that_standing_elsewhere_would_change_is_named(family: str, drop: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
