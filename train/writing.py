@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from shoal.abilities.knowledge import stated_facts
 from shoal.abilities.matching import AMOUNT, MATCHING, amounts, number, plain
 from shoal.atomic_files import fingerprint, read_json, write_json, write_text
-from shoal.data.chat import Chat, check_template
+from shoal.data.chat import Chat, check_template, template_of_one_day
 from shoal.data.repetition import ends_in_loop
 from shoal.data.sources import NO_OPENING, documents, load_texts, to_write
 from shoal.data.streams import Written
@@ -255,7 +255,8 @@ def _asked(source: TrainingSource, how: Generate, tokenizer: Any, *, num_tokens:
                 f"data {chat.where}: the last assistant turn is not a text to compare with (got {answer!r}); write "
                 "its content as one string, or set generate.keep: all"
             )
-        ids = tokenizer.apply_chat_template(before, tools=chat.tools, add_generation_prompt=True, return_dict=True)
+        settings = {"chat_template": template_of_one_day(tokenizer, chat.tools), "tools": chat.tools}
+        ids = tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=True, **settings)
         yield Prompt(list(ids["input_ids"]), before, answer)  # pyright: ignore[reportCallIssue, reportArgumentType]
         characters += chat.num_characters
         if characters > 16 * num_tokens + 1_000_000:

@@ -32,6 +32,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal.data.chat import template_of_one_day
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder, answers_at
 from shoal.inference.generation import Finish, end_tokens, write_after
@@ -164,6 +165,7 @@ class CausalLM(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            chat_template=template_of_one_day(self.tokenizer),
         )
         try:
             return render(chat_history)
@@ -394,7 +396,10 @@ def ending_key(prompt: str, settings: dict[str, Any]) -> tuple[str, str]:
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """What text without a context follows: the start token, or the end token where there is none."""
     special: Any = tokenizer
-    return special.eos_token_id if special.bos_token_id is None else special.bos_token_id
+    first = special.eos_token_id if special.bos_token_id is None else special.bos_token_id
+    if first is None:
+        raise UserError("the tokenizer has no start and no end token; set eos_token in its tokenizer_config.json")
+    return first
 
 
 def connect_ranks(device: torch.device) -> None:

@@ -25,6 +25,7 @@ def vllm_lm(checkpoint: Checkpoint, *, seed: int) -> Iterator[Any]:
 
     class VllmLM(theirs):
         engine = "vllm"
+        apply_chat_template = CausalLM.apply_chat_template
         count_tokens = CausalLM.count_tokens
         log_likelihoods = CausalLM.log_likelihoods
         gather_object = CausalLM.gather_object

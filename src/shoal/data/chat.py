@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from shoal.recipe.section import DataSource, Messages, PromptCompletion
 
 ASSISTANT = "assistant"
 MARKS_ITSELF = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 REMEDY = "put {% generation %} and {% endgeneration %} around the assistant's text in the template, or set loss_on: all"
 
 
@@ -200,11 +202,18 @@ def _rejected(chat: Chat, error: Exception) -> UserError:
     )
 
 
+def template_of_one_day(tokenizer: Any, tools: list[Any] | None = None) -> str:
+    """The chat template, which tells the model the same date on all days where it tells it today's: prompts and tokens
+    of two days are to be equal."""
+    template = tokenizer.get_chat_template(tools=tools)
+    return TODAY.sub(lambda called: repr(date(2024, 7, 26).strftime(called[2])), template)
+
+
 def _tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list[int], np.ndarray]:
-    if assistant_only and MARKS_ITSELF.search(tokenizer.get_chat_template(tools=chat.tools)):
-        encoded = tokenizer.apply_chat_template(
-            chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
-        )
+    template = template_of_one_day(tokenizer, chat.tools)
+    if assistant_only and MARKS_ITSELF.search(template):
+        masked: Any = {"return_dict": True, "return_assistant_tokens_mask": True}
+        encoded = tokenizer.apply_chat_template(chat.messages, tools=chat.tools, chat_template=template, **masked)
         ids, learnt = encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool)
     else:
         text = _render(chat, tokenizer)
@@ -217,9 +226,8 @@ def _tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[lis
 
 
 def _render(chat: Chat, tokenizer: Any, upto: int | None = None, *, prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(
-        chat.messages[:upto], tools=chat.tools, tokenize=False, add_generation_prompt=prompt
-    )
+    settings: Any = {"chat_template": template_of_one_day(tokenizer, chat.tools), "tools": chat.tools}
+    return tokenizer.apply_chat_template(chat.messages[:upto], tokenize=False, add_generation_prompt=prompt, **settings)
 
 
 def _assistant_spans(chat: Chat, text: str, tokenizer: Any) -> Iterator[tuple[int, int]]:

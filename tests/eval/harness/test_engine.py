@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny import tiny_model, tiny_tokenizer, tokens_fed
 
+from shoal.data.chat import Chat, tokenised
 from shoal.errors import UserError
 from shoal.eval import evaluate as evaluating
 from shoal.eval.harness.engine import CausalLM
@@ -127,6 +128,22 @@ def test_a_tokenizer_without_chat_template_is_refused() -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"eval.apply_chat_template: the tokenizer has no chat template; remove it"):
         evaluating.scores_of(CausalLM(tiny_model("llama"), tokenizer, 2), tasks_of(CHAT), CHAT, seed=0)
+
+
+def test_a_template_that_tells_the_day_asks_the_same_on_every_day() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    rendered = CausalLM(tiny_model("llama"), tokenizer, 2).apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert rendered == "26 Jul 2024: Hi"
+    ids, _ = tokenised(Chat([{"role": "user", "content": "Hi"}], "row 0"), tokenizer, assistant_only=False)
+    assert tokenizer.decode(ids) == rendered
+
+
+def test_a_tokenizer_without_start_and_end_token_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(UserError, match="has no start and no end token; set eos_token"):
+        CausalLM(tiny_model("llama"), tokenizer, 2).loglikelihood(choices())
 
 
 def test_greedy_continuation_is_recognised() -> None:
