@@ -126,7 +126,10 @@ def decision(run: Run, rows: Sequence[Row], shares: Shares) -> str:
     if role is None or "teacher" not in run.evaluations:
         return ""
     if not shares.rows or (kept := shares.kept.get(role)) is None:
-        return _nothing_outside(rows) or "Not enough data: the teacher is not clearly above chance on any task."
+        clear = any(row.has_signal and row.teacher_sigmas is not None for row in rows)
+        alike = "no task has comparable scores of all models; run `shoal eval` again"
+        missing = alike if clear else "the teacher is not clearly above chance on any task"
+        return _nothing_outside(rows) or f"Not enough data: {missing}."
     told = {row.key for row in shares.rows}
     watched = [row for row in rows if row.key in told or (row.column in OUTSIDE and row.has_signal)]
     worse = [row for row in watched if row.verdict("teacher", role) == "worse"]

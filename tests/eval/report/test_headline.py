@@ -60,6 +60,14 @@ def test_a_mean_share_is_that_of_its_tasks(tmp_path: Path) -> None:
     assert change.value == pytest.approx(shares.kept["distilled"].value - shares.kept["pruned"].value)
 
 
+def test_a_role_that_was_asked_otherwise_is_not_called_chance(tmp_path: Path) -> None:
+    for role, version in (("teacher", "1"), ("pruned", "1"), ("distilled", "2")):
+        task = replace(counted(role, "arc", "arc", "continuation", 0.25, 1000, 700), version=version)
+        evaluation(role, (task,)).save(tmp_path / "eval" / f"{role}.json")
+    told = headline(run := read_run(tmp_path), compare(run))[-1]
+    assert told.startswith("Not enough data: no task has comparable scores of all models; run `shoal eval` again")
+
+
 @pytest.mark.parametrize(("n", "right", "column", "begins"), CASES["decisions"])
 def test_what_follows_is_said_by_rules(tmp_path: Path, n: int, right: dict[str, int], column: str, begins: str) -> None:
     for role, count in right.items():

@@ -148,6 +148,12 @@ def test_written_answers_have_the_chance_of_a_guesser_who_takes_what_the_prompt_
         }[kind]
         assert len(set(named)) == num_named, "so many answers are named"
         assert doc["answers"][0] in named
+    reasoning = load("reasoning_generation", None)
+    questions = [doc["question"] for doc in reasoning.eval_docs]
+    names_or_places = re.compile(r"(\w+)(?= is \w+ than)|(?:in the|to the|than) (\w+)")
+    named = [{first or second for first, second in names_or_places.findall(text)} for text in questions]
+    chances = [0 if "How many" in text else 1 / len(own) for own, text in zip(named, questions, strict=True)]
+    assert reasoning.config.metadata["chance"] == pytest.approx(sum(chances) / len(questions))
     for name in ("nested_arithmetic_k2", "nested_arithmetic_written_k2", "needles_asked_2of8"):
         assert load(f"{name}_generation", None).config.metadata["chance"] == 0
 
