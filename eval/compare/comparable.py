@@ -219,9 +219,9 @@ def _without_token_counts(contenders: Sequence[Contender], tasks: list[str]) -> 
         if in_tokens and all(window == windows[0] for window in windows):  # which are named after the tokens in them
             return tasks, []
     per_token = [task for task in tasks if any("per_token" in score_of(own, task).metric for own in evaluations)]
-    reasons = [
-        f"{task} is not compared: it is a mean per token, and the models' tokenizers differ." for task in per_token
-    ]
+    unknown = "whether the models' tokenizers differ shows only in scores of perplexity, which are missing"
+    why = "the models' tokenizers differ" if PERPLEXITY in tasks else unknown
+    reasons = [f"{task} is not compared: it is a mean per token, and {why}." for task in per_token]
     return [task for task in tasks if task not in per_token], reasons
 
 

@@ -106,7 +106,13 @@ def test_between_tokenizers_scores_per_token_are_left_out(tmp_path: Path) -> Non
     )
     comparison = compare_runs([one, other], across_teachers=True)
     assert "perplexity" not in [task.task for task in comparison.tasks]
-    assert "perplexity is not compared: it is a mean per token" in comparison.left_out[0]
+    assert "perplexity is not compared: it is a mean per token, and the models' tokeni" in comparison.left_out[0]
+    others = [
+        write_run(tmp_path / name, scores=lambda share: (*tasks(share)[:3], replace(nats(2.0), task="gsm8k_worked")))
+        for name in ("three", "four")
+    ]
+    told = compare_runs(others, across_teachers=True).left_out
+    assert told[0].endswith("tokenizers differ shows only in scores of perplexity, which are missing.")
 
 
 @pytest.mark.slow
