@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -25,6 +26,8 @@ from ..tasks.load import Sample, check_answers
 from ..tasks.protocols import letter_match, match_rule, match_stated
 from .engine import NEW_TOKENS, Ending, ending_key
 from .rates import hold_answers, option_rates, text_rates, with_rates
+
+log = logging.getLogger(__name__)
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 """Which of a task's metrics stands for it, if neither its metadata nor this list says: its first one."""
@@ -95,7 +98,7 @@ def task_score(
     if task.OUTPUT_TYPE == "generate_until":
         score = replace(score, matching=MATCHING)
         score = _with_text_rates(score, task, under_filter, count_tokens, endings or {})
-    if task.OUTPUT_TYPE == "multiple_choice":
+    if task.OUTPUT_TYPE == "multiple_choice" and not callable(getattr(task.config, "process_results", None)):
         rates = [option_rates(_log_probs(task, sample), _golds(task, sample)) for sample in under_filter]
         items = [replace(item, rates=own) for item, own in zip(items, rates, strict=True)]
         score = with_rates(replace(score, items=tuple(items)))
@@ -291,12 +294,18 @@ def protocol_of(task: Any, samples: Sequence[Sample]) -> str:
 
 
 def _chance(task: Any, samples: Sequence[Sample]) -> float:
-    """Share that guessing reaches: one over the number of options, averaged over items; 0 for other written text."""
+    """Share that guessing reaches: of options the right ones, averaged over items; 0 for other written text."""
     if getattr(task.config, "process_results", None) is letter_match:
         return float(np.mean([1 / len(sample["doc"]["options"]) for sample in samples]))
     if task.OUTPUT_TYPE != "multiple_choice":
         return 0.0
-    return float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
+    if callable(getattr(task.config, "process_results", None)):
+        log.warning(
+            "%s: a function of its own decides what is right, so what guessing reaches is not known and shares kept "
+            "mislead; set metadata.chance in a task file of your own",
+            task.config.task,
+        )
+    return float(np.mean([len(_golds(task, s)) / len(task.doc_to_choice(s["doc"])) for s in samples]))
 
 
 def item_texts(tasks: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, list[str]]:

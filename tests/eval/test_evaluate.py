@@ -133,6 +133,16 @@ def test_a_task_file_says_its_column_and_no_other_word(tmp_path: Path) -> None:
         run(**wrong)
 
 
+def test_guessing_is_right_as_often_as_options_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"q": "a b", "options": ["A", "B", "C", "D"], "answer": [0, 2, 3]}] * 2
+    assert run(**own_task(tmp_path, MULTIPLE, rows))[0].chance == 0.75
+    assert "what guessing reaches" not in caplog.text
+    (tmp_path / "rules.py").write_text("def judged(doc, results):\n    return {'acc': 0.5}\n")
+    (score, _) = run(**own_task(tmp_path, MULTIPLE + "process_results: !function rules.judged\n", rows))
+    assert (score.score, score.rates) == (0.5, {})
+    assert "own: a function of its own decides what is right, so what guessing reaches is not known" in caplog.text
+
+
 @pytest.mark.parametrize("wrong", ["chance: 25", "chance: quarter", "level: high", "chance: 1/0"])
 def test_a_chance_or_level_that_is_none_is_refused_before_anything_is_scored(wrong: str, tmp_path: Path) -> None:
     rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}]
