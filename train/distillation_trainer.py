@@ -267,7 +267,8 @@ def _rows(
     if dataset is None or isinstance(dataset, PackedRows):
         return dataset
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size() * section.sequence_length
-    is_endless = args.max_steps > 0 and (is_stream(dataset) or is_source(dataset))
+    may_repeat = is_source(dataset) and name == "train_dataset"
+    is_endless = args.max_steps > 0 and (is_stream(dataset) or may_repeat)
     budget = args.max_steps * step if is_endless else None
     return pack(
         sources_of(dataset, name=name, loss_on=setting(args, "loss_on"), num_tokens=budget),

@@ -111,6 +111,7 @@ def _identity(how: Generate, chosen: Sequence[Prompt], *, inputs: dict[str, Any]
         "prompts": fingerprint([asdict(prompt) for prompt in chosen]),
         "seed": seed,
         **({"matching": MATCHING} if how.keep == "correct" else {}),
+        **({"start_token": "as rendered"} if any(prompt.messages for prompt in chosen) else {}),
     }
 
 
@@ -167,13 +168,11 @@ def _record(number: int, prompt: Prompt, ids: list[int], tokenizer: Any, *, most
     if prompt.messages is None:
         text = tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=True)
         return {"number": number, "text": text, "written": written, **cut_off}
-    # turns and their borders are special tokens: what tokenising adds by itself stays out
-    asked = prompt.ids[1:] if prompt.ids[0] == tokenizer.bos_token_id else prompt.ids
-    return {
+    return {  # turns and their borders are special tokens
         "number": number,
-        "text": tokenizer.decode([*asked, *_without_end(ids, tokenizer)]),
+        "text": tokenizer.decode([*prompt.ids, *_without_end(ids, tokenizer)]),
         "written": written,
-        "num_asked": len(tokenizer.decode(asked)),
+        "num_asked": len(tokenizer.decode(prompt.ids)),
         **cut_off,
         "messages": [*prompt.messages, {"role": "assistant", "content": written.strip()}],
         "answer": prompt.answer,

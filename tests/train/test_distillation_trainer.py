@@ -117,6 +117,13 @@ def test_its_loss_is_the_divergence_per_learnt_token(tmp_path: Path, data: Any) 
     assert trainer.evaluate()["eval_loss"] == pytest.approx(forward_kl(student, teacher, rows), rel=1e-5)
 
 
+def test_a_held_out_file_is_read_once_however_long_the_training_is(tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    given = {"eval_dataset": str(tmp_path / "held.jsonl"), "trained_by": {"max_steps": 50, "eval_strategy": "no"}}
+    rows: Any = trainer_of(tmp_path, **given).eval_dataset
+    assert len(rows) == len(trainer_of(tmp_path, eval_dataset=TEXTS, trained_by={"eval_strategy": "no"}).eval_dataset)
+
+
 def test_every_document_is_read_once_per_epoch(tmp_path: Path) -> None:
     rows: Any = trainer_of(tmp_path).train_dataset
     tokenizer = tiny_tokenizer()

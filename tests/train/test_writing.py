@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from cases import cases
 from tiny import tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from shoal.abilities.knowledge import stated_facts
 from shoal.data.streams import Written, pack
@@ -221,6 +222,21 @@ def test_of_a_conversation_what_was_written_is_learnt_or_all_of_it(tmp_path, los
     learnt = rows[0]["labels"]
     text = tiny_tokenizer().decode([label for label in learnt.tolist() if label >= 0], skip_special_tokens=True)
     assert text == ("I see" if loss_on == "assistant" else "user: Why, and what for?\nassistant: I see"[1:])
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("template", ["{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"])
+def test_a_conversation_is_learnt_in_the_tokens_in_which_it_was_asked(template, adds):
+    """Some tokenizers add a start token and their template gives one, others do one of both, and others neither."""
+    tokenizer = tiny_tokenizer()
+    special = {"special_tokens": [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]}
+    own = TemplateProcessing(single="<s> $A" if adds else "$A", pair="$A $B", **special)
+    tokenizer.backend_tokenizer.post_processor, tokenizer.chat_template = own, template
+    messages = [{"role": "user", "content": "once upon a time"}]
+    asked = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    answer = [*tokenizer("I see", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    record = writing._record(0, writing.Prompt(asked, messages), answer, tokenizer, most=99)
+    assert writing.Written(record["text"]).tokens(tokenizer)[0] == [*asked, *answer]
 
 
 @pytest.mark.parametrize("messages", [None, [{"role": "user", "content": "go on"}]])

@@ -124,7 +124,8 @@ def chunked_head_loss(
         inputs = [TermInput(term.start if isinstance(term, losses.TAID) else 1.0) for term in terms]
     compiled = how.get("compiled")
     own = block_loss if compiled is None else compiled
-    objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N, own, is_compiled=compiled is not None)
+    how_run = {"is_compiled": compiled is not None, "has_gradient": torch.is_grad_enabled()}
+    objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N, own, **how_run)
     return _ChunkedHeadLoss.apply(hidden_ND, objective, student_head, how["chunk"], *student_parameters)
 
 
@@ -140,6 +141,8 @@ class _Objective:
     block_loss: Callable[..., tuple[Tensor, Tensor | None]]
     """The function of this name below, or what runs it compiled."""
     is_compiled: bool
+    has_gradient: bool
+    """Whether anybody asks for it; within a torch.autograd.Function that can no longer be told."""
 
     @property
     def num_asked(self) -> int:
@@ -338,7 +341,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, objective, head, chunk, *parameters):
         wanted = [hidden_ND.requires_grad, *(parameter.requires_grad for parameter in parameters)]
-        trains = any(wanted) and any(term.weight > 0 for term in objective.terms)
+        trains = objective.has_gradient and any(wanted) and any(term.weight > 0 for term in objective.terms)
         term_sums = torch.zeros(len(objective.terms), dtype=torch.float64, device=hidden_ND.device)
         hidden_grad_ND = torch.zeros_like(hidden_ND) if wanted[0] else None
         parameter_grads: list[Tensor | None] = [None] * len(parameters)

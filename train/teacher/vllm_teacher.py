@@ -172,4 +172,4 @@ def _bucket_kl(said: TopTokens, hidden_ND: Tensor, to_logits: Callable[[Tensor],
         terms=(ForwardKL(),),
         chunk=CHUNK,
     )
-    return float(loss)
+    return float(loss) / len(ids_NK)

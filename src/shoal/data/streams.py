@@ -305,8 +305,9 @@ class Written(str):
     """Characters at its beginning that are not learnt: what was asked."""
 
     def tokens(self, tokenizer: Any) -> tuple[list[int], np.ndarray]:
-        """Token ids with those that begin and end a text, and which of them are learnt."""
-        encoded = tokenizer(str(self), return_offsets_mapping=True)
+        """Token ids of a conversation, without a start token that its template does not give it, and which of them are
+        learnt."""
+        encoded = tokenizer(str(self), add_special_tokens=False, return_offsets_mapping=True)
         ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
         if not self.cut_off and tokenizer.eos_token_id not in (None, *ids[-1:]):
             ids, ends = [*ids, tokenizer.eos_token_id], [*ends, len(self) + 1]

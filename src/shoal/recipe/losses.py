@@ -91,7 +91,7 @@ class TAID(Divergence):
     start: Share = 0.4
     """The teacher's share t in the mixed logits at the first step."""
     end: Share = 1.0
-    """The teacher's share t at the last step."""
+    """The teacher's share t after the last step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,6 +145,15 @@ def test_frozen_head_and_frozen_hidden_states_are_left_alone() -> None:
         assert given["weight" if trained == "hidden" else "hidden"].grad is None
 
 
+def test_an_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = leaves(setting(), "hidden", "weight")
+    with torch.no_grad():
+        monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient that nobody asks for"))
+        value, _ = chunked(given, live(given))
+    monkeypatch.undo()
+    assert value == chunked(given, live(given))[0]
+
+
 def test_logits_of_all_tokens_are_never_held() -> None:
     seen = []
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import vllm_stand_in
 from packed_rows import packed
 from tiny import VOCAB_SIZE
@@ -70,6 +71,19 @@ def test_vllm_records_what_transformers_does(teacher, vllm, tmp_path, top_k):
     documents = [part.tolist() for row in rows().input_ids_NS for part in (row[:7], row[7:])]
     asked = [prompt for prompt, _ in vllm.asked[-len(documents) :]]
     assert asked == [[*document, document[-1]] for document in documents], "with a token behind that nobody reads"
+
+
+def test_the_divergence_that_is_limited_is_a_mean_over_tokens() -> None:
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(2, 3, 8, 32).double().unbind()
+    order = theirs.argsort(-1, descending=True)[..., :31]
+    log_probs = theirs.log_softmax(-1)
+    rest = 1 - log_probs.gather(-1, order).exp().sum(-1)
+    said = (order, log_probs.gather(-1, order), rest)
+    expected = (log_probs.exp() * (log_probs - ours.log_softmax(-1))).sum(-1).mean()
+    assert vllm_teacher._bucket_kl(said, ours.flatten(0, 1), lambda hidden: hidden) == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_signals_of_vllm_are_its_own_and_a_whole_recording_starts_it_no_more(teacher, vllm, tmp_path):
