@@ -121,7 +121,8 @@ def test_a_held_out_file_is_read_once_however_long_the_training_is(tmp_path: Pat
     (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     given = {"eval_dataset": str(tmp_path / "held.jsonl"), "trained_by": {"max_steps": 50, "eval_strategy": "no"}}
     rows: Any = trainer_of(tmp_path, **given).eval_dataset
-    assert len(rows) == len(trainer_of(tmp_path, eval_dataset=TEXTS, trained_by={"eval_strategy": "no"}).eval_dataset)
+    once: Any = trainer_of(tmp_path, eval_dataset=TEXTS, trained_by={"eval_strategy": "no"}).eval_dataset
+    assert len(rows) == len(once)
 
 
 def test_every_document_is_read_once_per_epoch(tmp_path: Path) -> None:

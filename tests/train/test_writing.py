@@ -228,7 +228,7 @@ def test_of_a_conversation_what_was_written_is_learnt_or_all_of_it(tmp_path, los
 @pytest.mark.parametrize("template", ["{{ bos_token }}{{ messages[0].content }}", "{{ messages[0].content }}"])
 def test_a_conversation_is_learnt_in_the_tokens_in_which_it_was_asked(template, adds):
     """Some tokenizers add a start token and their template gives one, others do one of both, and others neither."""
-    tokenizer = tiny_tokenizer()
+    tokenizer: Any = tiny_tokenizer()
     special = {"special_tokens": [("<s>", tokenizer.convert_tokens_to_ids("<s>"))]}
     own = TemplateProcessing(single="<s> $A" if adds else "$A", pair="$A $B", **special)
     tokenizer.backend_tokenizer.post_processor, tokenizer.chat_template = own, template
