@@ -161,11 +161,11 @@ def late_ranks(before: dict[int, dict[str, Any]], now: dict[int, dict[str, Any]]
     }
     if silent:
         return silent
-    furthest = max(sign["progress"] for sign in now.values())
+    furthest = max(sign.get("progress", 0) for sign in now.values())
     return {
         number: f"({_place(sign)}) responds, but is later than the others: it may hang in reading or writing a file"
         for number, sign in now.items()
-        if sign["progress"] < furthest
+        if sign.get("progress", furthest) < furthest  # who has no sign any more has ended
     }
 
 

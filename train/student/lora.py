@@ -34,10 +34,9 @@ def add_adapters(
 ) -> list[str]:
     """Put an adapter beside every linear module that ``lora`` means and freeze all else; the modules' names.
 
-    Those are linear modules of the layers that ``trained`` names. One whose weight holds zeros that an edit of the plan
-    put there gets none: the product of two matrices would fill them. An adapter adds nothing before its first step.
-    Every rank draws the same numbers. ``stored`` are the names of the tensors in the student's files, where 4-bit
-    weights come back from.
+    Those are linear modules of the layers that ``trained`` names. An adapter adds nothing before its first step. Every
+    rank draws the same numbers. ``stored`` are the names of the tensors in the student's files, where 4-bit weights
+    come back from.
 
     Raises:
         UserError: a target that does not exist, or 4-bit weights that the files have under other names.

@@ -19,11 +19,12 @@ def sign(beat, progress, pid=1):
         ([(5, 7), (5, 7, 42), (5, 3)], [(9, 7), (5, 7, 42), (9, 3)], {1: "process 42) does not respond"}),
         ([(5, 7), (5, 6)], [(9, 7), (9, 6)], {1: "responds, but is later than the others"}),
         ([(5, 7), (5, 7)], [(9, 7), (9, 7)], {}),
+        ([(5, 7), (5, 7)], [(9, 8), {}], {}),  # who has ended shows no sign any more
     ],
-    ids=["silent, whatever its progress", "alive and behind", "all alive and equally far"],
+    ids=["silent, whatever its progress", "alive and behind", "all alive and equally far", "ended"],
 )
 def test_a_rank_is_late_that_is_silent_or_else_behind(before, now, late):
-    found = late_ranks(*({rank: sign(*one) for rank, one in enumerate(signs)} for signs in (before, now)))
+    found = late_ranks(*({rank: one and sign(*one) for rank, one in enumerate(signs)} for signs in (before, now)))
     assert found.keys() == late.keys()
     assert all(words in found[rank] for rank, words in late.items())
 
