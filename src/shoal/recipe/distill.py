@@ -171,8 +171,8 @@ class Lora(Section):
 
 @dataclass(frozen=True)
 class OnPolicy(Section):
-    """Train a share of the steps on the student's own samples (GKD, arXiv:2306.13649). What follows the
-    second copy of a repetition at the end of a sample is not trained on."""
+    """Train a share of the steps on the student's own samples (GKD, arXiv:2306.13649). What follows the second
+    copy of a repetition at the end of a sample is not trained on."""
 
     share: Annotated[float, Field(gt=0, le=1), Shapes.TRAINING] = 0.5
     """Probability that a step uses samples (GKD's lambda). `1`: every step."""

@@ -20,15 +20,19 @@ SETTINGS = Eval(tasks=("knowledge_continuation", "retrieval_generation"), limit=
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_the_same_and_names_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_evaluation_is_the_same_and_names_its_engine(
+    chat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(monkeypatch)
+    settings = replace(SETTINGS, apply_chat_template=chat)
     folder = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096)
     checkpoint = Checkpoint.read(folder, LoadSettings("stored"))
 
     def evaluation(settings: Eval) -> Scores:
         return role_evaluation("teacher", checkpoint, Questions(settings, 0), inputs={"model": "c"})
 
-    ours, theirs = evaluation(SETTINGS), evaluation(replace(SETTINGS, backend="vllm"))
+    ours, theirs = evaluation(settings), evaluation(replace(settings, backend="vllm"))
     assert {score.engine for score in ours.tasks} == {"transformers"}
     assert {score.engine for score in theirs.tasks} == {"vllm"}
     assert [engine.is_open for engine in LLM.made] == [False], "its memory is given back"
