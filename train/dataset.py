@@ -43,7 +43,8 @@ def teacher_texts(
     engine = cache(lambda: vllm_engine(teacher, seed=seed))
 
     def written(number: int, how: Generate) -> list[Written]:
-        known_by = {key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))}
+        keys = ("model", *shaping_keys(Recipe, Shapes.TEXT))
+        known_by = {key: inputs[key] for key in keys if key in inputs}
         by_vllm = how.backend == "vllm"
         if by_vllm and teacher.load.dtype == "stored" and vllm_dtype(teacher) == "float32":
             known_by["dtype"] = "float32"  # texts of before, named after what is stored, were written in float16

@@ -27,7 +27,7 @@ from shoal.models.document_masks import documents_known
 from shoal.models.load import logits_from_hidden, not_finite_in
 from shoal.progress import progress
 from shoal.ranks import is_main, rank, world_size
-from shoal.runtime import agreed, barrier, device, queued, together
+from shoal.runtime import agreed, barrier, device, queued, together, warn_of_versions
 
 from .objective.chunked_loss import CHUNK
 from .objective.layer_losses import raw_states
@@ -129,7 +129,7 @@ def _claim(rows: PackedRows, folder: Path, asked: recording.RecordingManifest, w
             file.unlink()
         asked.save(path)
         return
-    recording.warn_of_versions(path, on_disk.provenance)
+    warn_of_versions(path, on_disk.provenance.environment)
     for leftover in folder.glob(".shard-*.tmp"):  # of killed processes: nobody else is at it
         leftover.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """The student's configuration, made from the teacher's. ``keep`` is everywhere the kept teacher indices, in order.
 
 A depth cut touches more of a configuration than `num_hidden_layers`: lists with one entry per layer, thresholds, lists
-of layer indices, and rules such as "every sixth layer". RULES knows the fields that transformers 5.24 uses. What a cut
+of layer indices, and rules such as "every sixth layer". RULES knows the fields that transformers 5.25 uses. What a cut
 cannot express is refused; cut_model.py then proves on the built model that every kept layer is still what it was.
 """
 
@@ -242,6 +242,8 @@ SPELT_OUT_BY = {rule: spelt for spelt, rules in _TABLES["spelt_out_by"].items() 
 
 WITHOUT_KV_CACHE = {"linear_attention", "conv", "mamba", "mlp", "moe", "dense", "sparse"}
 """Layer kinds by which a cache cannot tell how long the sequence is."""
+WITHOUT_STATE = {"mlp", "moe"}
+"""Those that keep nothing in a cache."""
 
 NOT_PER_LAYER = {
     *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "keys_to_ignore_at_inference", "id2label"),
@@ -362,10 +364,12 @@ def _refuse_useless_cache(config: PreTrainedConfig, student: PreTrainedConfig, k
     kinds = getattr(text, "layer_types", None) or []
     before, after = set(kinds), set(getattr(student.get_text_config(decoder=True), "layer_types", None) or ())
     by_first = family(text.model_type).measured_by_first and kinds[0] == "full_attention" != kinds[keep[0]]
+    # from transformers 5.25 on, a first layer of this kind ends its generation with an AttributeError
+    by_first = by_first or (bool(kinds) and kinds[0] not in WITHOUT_STATE and kinds[keep[0]] in WITHOUT_STATE)
     if by_first or keep[0] in (getattr(text, "cross_attention_layers", None) or ()):
         problem = (
             f"layer {keep[0]} would come first and keeps no cache, but transformers measures the cached text of "
-            f"{text.model_type} by the first layer; keep a layer of full attention before it"
+            f"{text.model_type} by the first layer; keep an earlier layer that has a cache"
         )
     elif before - WITHOUT_KV_CACHE and not after - WITHOUT_KV_CACHE:
         problem = (

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
 from shoal.models.checkpoint_files import is_mtp
+from shoal.models.hub_kernels import from_pretrained
 from shoal.models.load import without_data
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,8 @@ def load_without_data(
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
     try:
         with quiet_transformers(), _all_on_meta():
-            model, report = type(empty).from_pretrained(
+            model, report = from_pretrained(
+                type(empty),
                 None,
                 config=empty.config,
                 state_dict=tensors,

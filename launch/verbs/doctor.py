@@ -23,6 +23,7 @@ from shoal import runtime
 from shoal.atomic_files import free_disk
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text
+from shoal.installed import untested
 from shoal.machine import available_memory, device_memory, device_name, flops_per_second, now, ranks_to_start
 from shoal.progress import doing, loading
 from shoal.ranks import is_main, world_size
@@ -94,6 +95,7 @@ def doctor(asked: argparse.Namespace) -> Any:
 
 
 def _rows(run_dir: Path) -> Iterator[Row]:
+    yield _libraries()
     device = runtime.device()
     names = Counter(runtime.together(lambda: device_name(device)))
     found = ", ".join(f"{count} x {name}" for name, count in names.items())
@@ -110,6 +112,16 @@ def _rows(run_dir: Path) -> Iterator[Row]:
     yield from _disk(run_dir)
     yield from _together(device)
     yield from _steps(device)
+
+
+def _libraries() -> Row:
+    """The libraries whose versions shoal is not tested with."""
+    others = list(untested())
+    if not others:
+        return Row("libraries", "tested versions", "", "ok")
+    found = ", ".join(f"{name} {version or 'not installed'}" for name, version, _ in others)
+    expected = ", ".join(f"{name}{wanted}" for name, _, wanted in others)
+    return Row("libraries", found, expected, "wrong")
 
 
 def _worst(same: Sequence[Row]) -> Row:

@@ -131,7 +131,8 @@ def _beside(run: Run, model: str, out: Path) -> tuple[Run, Checkpoint, dict[str,
 
     folder, asked = resolved(model, None), run.recipe
     name = f"{name_of_model(model)}-{fingerprint(str(folder.resolve()))[:8]}"
-    shared = {key: getattr(asked, key) for key in ("seed", "dtype", "attn_implementation", "trust_remote_code", "eval")}
+    alike = ("seed", "dtype", "attn_implementation", "trust_remote_code", "hub_kernels", "eval")
+    shared = {key: getattr(asked, key) for key in alike}
     own = Run(Recipe(model=model, run_dir=str(out / MODELS / name), **shared), run.numerics)
     inputs, checkpoint = eval_inputs(own, folder), _checkpoints(own, {MODEL: folder})[MODEL]
     if asked.dtype == "stored":  # so that the comparison can tell in what

@@ -47,7 +47,7 @@ from shoal.recipe.remembered import LOCK, memory_in, remember
 from shoal.recipe.section import AUTO, as_dict
 from shoal.recipe.trainer_arguments import computed_in, precisions_said, read_deepspeed, trained_in
 from shoal.redaction import redacted
-from shoal.runtime import agreed, barrier, check_device, device, environment
+from shoal.runtime import agreed, barrier, check_device, device, environment, loaded_kernels, warn_of_versions
 
 from ..early.run_directory import FILES, inputs_of
 from .launch import STARTED
@@ -160,6 +160,7 @@ class Run:
             "dtype": recipe.dtype,
             "attention": recipe.attn_implementation,
             "trust_remote_code": recipe.trust_remote_code,
+            "hub_kernels": recipe.hub_kernels,
         }
 
 
@@ -192,6 +193,8 @@ def open_run(recipe: Recipe, *, memory: str | None = None, computes: bool = True
     )
     story = agreed(lambda: read_story(Path(recipe.run_dir).expanduser()))  # refuses a damaged one, whoever asks
     begun = story.get("numerics") or {}
+    if computes and is_main():
+        warn_of_versions(recipe.run_dir, story.get("environment") or {})
     is_open = any(source.path == AUTO for source in (*recipe.measure.data, *recipe.distill.data))
     is_begun = any((Path(recipe.run_dir).expanduser() / name).is_file() for name in (Importance.FILE, Training.FILE))
     if is_open and (computes or is_begun or begun.get("text")):  # a report that is made of nothing decides nothing
@@ -331,7 +334,8 @@ def _attention(recipe: Recipe, dtype: str, precision: str, *, computes: bool) ->
         chosen = Chosen(wanted, "set by the recipe")
     else:
         config = find_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        chosen = choose_attention(wanted, config, device(), _halves(recipe, config, dtype, precision))
+        halves = _halves(recipe, config, dtype, precision)
+        chosen = choose_attention(wanted, config, device(), halves, hub_kernels=recipe.hub_kernels)
     return chosen if begun is None else replace(chosen, reason=begun[1])
 
 
@@ -423,16 +427,17 @@ def write_story(run: Run) -> None:
     """run.json: the resolved recipe without secrets, versions, and the fingerprint of every stage that is there."""
     if not is_main():
         return
-    stages = {}
+    stages, kernels = dict[str, Any](), loaded_kernels()
     for name, (kind, _) in FILES.items():
         if (file := run.dir / name).is_file():
             provenance = kind.load(file).provenance
             stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
+            kernels |= provenance.environment.get("hub_kernels", {})  # of processes that ended
     story = {
         "schema": "shoal/run/1",
         "recipe": redacted(as_dict(run.recipe)),
         "numerics": None if run.numerics is None else asdict(run.numerics),
-        "environment": environment(),
+        "environment": environment() | ({"hub_kernels": kernels} if kernels else {}),
         "stages": stages,
     }
     write_json(run.dir / STORY, story)

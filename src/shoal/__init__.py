@@ -22,7 +22,7 @@ importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.
     model_names   what names a model: a folder, a Hub id, a demo model
     redaction     secrets stay here
     yaml_text     YAML 1.2 scalars, no key twice
-    installed     what libraries know by name, without importing them
+    installed     what libraries know by name, and their versions, without importing them
     components    what can be taken out of a model's layers
     task_words    words instead of task identifiers
 
@@ -63,6 +63,10 @@ __all__ = sorted(PLACES)
 def __getattr__(name: str) -> Any:
     if name not in PLACES:
         raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+    if name != "UserError":
+        from shoal.installed import refuse_untested
+
+        refuse_untested()
     value = globals()[name] = getattr(importlib.import_module(PLACES[name]), name)
     return value
 

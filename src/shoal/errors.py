@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,6 +75,15 @@ def explained_paths() -> Iterator[None]:
         raise UserError(not_encoded(repr(error.object))) from error
 
 
+def _close_files_of(error: BaseException) -> None:
+    """Let go of what the frames of ``error`` hold, and of those it came from: torch.save leaves its file open in them,
+    and a deleted file that is open takes room on the full disk for as long as somebody keeps the error."""
+    held: BaseException | None = error
+    while held is not None:
+        traceback.clear_frames(held.__traceback__)
+        held = held.__context__
+
+
 @contextmanager
 def explained_disk_errors(path: str | os.PathLike[str], *, setting: str = "run_dir") -> Iterator[None]:
     """Turn a full or read-only disk under ``path`` into a UserError that says to change ``setting``.
@@ -88,6 +98,7 @@ def explained_disk_errors(path: str | os.PathLike[str], *, setting: str = "run_d
         text = str(error)
         number = error.errno if isinstance(error, OSError) else None
         if number in DISK_FULL or any(known in text for known in _FULL_TEXTS):
+            _close_files_of(error)
             raise UserError(
                 f"{path}: the disk is full, or your quota or file size limit is reached; no half-written file was "
                 f"left. Free some space or set {setting} to another disk, then run the same command again"

@@ -10,9 +10,10 @@ import os
 import platform
 import random
 import re
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +40,9 @@ NOISY = (
 """Loggers that say errors only."""
 GPU, DRIVER = Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version")
 """Files by which Linux tells of an NVIDIA GPU, and of its driver."""
-STAMPED_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "accelerate", "datasets", "lm_eval")
+COMPUTING = ("torch", "transformers", "deepspeed")
+"""Packages whose versions shape the last digits of losses and scores."""
+STAMPED_PACKAGES = (*COMPUTING, "peft", "trl", "accelerate", "datasets", "lm_eval")
 
 
 def device() -> torch.device:
@@ -125,10 +128,41 @@ def environment() -> dict[str, Any]:
         "shoal": importlib.metadata.version("shoal"),
         "python": platform.python_version(),
         **packages,
+        "torch": str(torch.__version__),  # with the build, such as +cu130, which the package's own number may lack
         "device": card(local_rank()).name if torch.cuda.is_available() else "cpu",
         "cpu_threads": torch.get_num_threads(),
         "world_size": world_size(),
+        **({"hub_kernels": kernels} if (kernels := loaded_kernels()) else {}),
     }
+
+
+def warn_of_versions(made: object, before: Mapping[str, Any]) -> None:
+    """Log which libraries that compute are not those of the environment ``before``, in which ``made`` was made."""
+    now = environment()
+    changed = [
+        f"{name} {before[name]} (this is {now[name]})"
+        for name in COMPUTING
+        if name in before and before[name] != now[name]
+    ]
+    if changed:
+        log.warning(
+            "%s: was made with %s; new numbers may differ from the old ones in the last digits",
+            made,
+            ", ".join(changed),
+        )
+
+
+def loaded_kernels() -> dict[str, str]:
+    """Repository -> commit of every kernel of the Hub that this process has loaded, whoever asked for it."""
+    kernels: Any = sys.modules.get("kernels")  # where it is not imported, nobody has loaded one
+    loaded = [] if kernels is None else kernels.get_loaded_kernels()
+    found = {}
+    for kernel in loaded:
+        if kernel.repo_info is None:  # of a folder, by LOCAL_KERNELS
+            found[str(kernel.metadata.name)] = f"local, {kernel.metadata.id}"
+        else:
+            found[kernel.repo_info.repo_id] = str(kernel.repo_info.revision)
+    return dict(sorted(found.items()))
 
 
 def set_up_distributed(timeout_s: int) -> None:

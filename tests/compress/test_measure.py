@@ -82,7 +82,7 @@ def test_scores_are_those_of_masked_attention_under_other_kernels(family: str, m
     rows = PackedRows(rows.input_ids_NS % 90, rows.position_ids_NS)
     metrics = ("block_influence", "angular", "single_drop_perplexity", "taylor")
     expected = measure_importance(model, rows, metrics=metrics, batch_size=2)
-    model.set_attn_implementation(str(implementation("flash", model.config)))
+    model.set_attn_implementation(str(implementation("flash", model.config, hub_kernels=True)))
     found = measure_importance(model, rows, metrics=metrics, batch_size=2)
     assert found.num_tokens == expected.num_tokens
     for metric, values in expected.layers.items():

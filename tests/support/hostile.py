@@ -7,13 +7,11 @@ import ctypes
 import io
 import json
 import os
-import resource
 import shlex
 import shutil
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -165,8 +163,8 @@ def _without_data(cls: Any, *arguments: Any, **settings: Any) -> Any:
     return FROM_PRETRAINED(cls, *arguments, **settings) if settings.get("device_map") == "meta" else _refuse()
 
 
-def outcome(case: Mapping[str, Any], folder: Path) -> tuple[int, str, float]:
-    """Exit code, all that was written, and seconds of processor time."""
+def outcome(case: Mapping[str, Any], folder: Path) -> tuple[int, str]:
+    """Exit code, and all that was written."""
     environment = {name: value.replace("HERE", str(folder)) for name, value in case.get("env", {}).items()}
     said = io.StringIO()
     with contextlib.ExitStack() as stack:
@@ -178,13 +176,22 @@ def outcome(case: Mapping[str, Any], folder: Path) -> tuple[int, str, float]:
         stack.enter_context(without_rights())
         stack.enter_context(contextlib.redirect_stderr(said))
         stack.enter_context(contextlib.redirect_stdout(_stdout(case.get("stdout"), said)))
-        begun = time.process_time()
         code = _python(case["python"]) if "python" in case else _command(case["shoal"], folder)
-        return code, said.getvalue(), time.process_time() - begun
+        return code, said.getvalue()
 
 
-def fresh(case: Mapping[str, Any], folder: Path) -> tuple[int, str, float]:
-    """The same of a command in a process that has loaded nothing; its children's seconds are counted, too."""
+LOADED = "torch was loaded"
+FRESH = f"""
+import atexit, sys
+atexit.register(lambda: "torch" in sys.modules and print({LOADED!r}, file=sys.__stderr__))
+from shoal.launch.cli import main
+main()
+"""
+
+
+def fresh(case: Mapping[str, Any], folder: Path) -> tuple[int, str, bool]:
+    """The same of a command in a process that has loaded nothing, and whether it ends with torch, which takes
+    seconds."""
 
     def limited() -> None:
         for right in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
@@ -193,9 +200,8 @@ def fresh(case: Mapping[str, Any], folder: Path) -> tuple[int, str, float]:
     words = shlex.split(case["shoal"]) if isinstance(case["shoal"], str) else case["shoal"]
     argv = [os.fsencode(word.replace("HERE", str(folder))) for word in words]
     environment = os.environ | {name: value.replace("HERE", str(folder)) for name, value in case.get("env", {}).items()}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "shoal.launch.cli", *argv],
+        [sys.executable, "-c", FRESH, *argv],
         cwd=folder,
         env=environment,
         preexec_fn=limited,
@@ -203,9 +209,8 @@ def fresh(case: Mapping[str, Any], folder: Path) -> tuple[int, str, float]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done.returncode, done.stdout.decode(errors="replace"), seconds
+    said, told, _ = done.stdout.decode(errors="replace").partition(f"{LOADED}\n")
+    return done.returncode, said, bool(told)
 
 
 def _stdout(kind: str | None, said: io.StringIO) -> Any:
@@ -235,5 +240,4 @@ def apart(case: Mapping[str, Any], folder: Path) -> None:
     """The same in a process of its own, whose output is what was written."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
-    code, said, seconds = outcome(case, folder)
-    print(json.dumps([code, said, seconds]), file=sys.stderr, flush=True)
+    print(json.dumps(outcome(case, folder)), file=sys.stderr, flush=True)

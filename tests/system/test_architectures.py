@@ -67,11 +67,13 @@ def test_a_model_that_reads_images_is_cut_file_by_file(name: str, tmp_path: Path
     assert stored("student") == stored("teacher")
 
 
+@pytest.mark.prove
 def test_document_has_every_family_and_this_version() -> None:
     rows = documented_rows()
     assert [*rows.values()] == document({name: rows[name] for name in ARCHITECTURES}), UPDATE
 
 
+@pytest.mark.prove
 def test_every_causal_model_type_of_transformers_has_a_row_or_a_reason() -> None:
     rows = {row.model_type or name for name, row in ARCHITECTURES.items()}
     with_images = {row.model_type or name for name, row in ARCHITECTURES.items() if row.images}

@@ -222,7 +222,7 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
 
 
 def test_written_text_is_identified_as_run_directories_hold_it() -> None:
-    assert shaping_keys(Recipe, Shapes.TEXT) == ["seed", "dtype", "attention"]
+    assert shaping_keys(Recipe, Shapes.TEXT) == ["seed", "dtype", "attention", "hub_kernels"]
 
 
 def with_perplexity(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ from shoal.errors import UserError, explained_disk_errors
 from shoal.machine import num_cores
 from shoal.progress import doing
 from shoal.ranks import is_main, rank, world_size
-from shoal.runtime import barrier, together
+from shoal.runtime import barrier, environment, together, warn_of_versions
 from shoal.trust import CONSENT, is_signed, is_trusted, signed
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,12 @@ def commit(
     gathered = together(lambda: {name: _stamp(folder / name, own.get(name)) for name in mine})
     if is_main():
         stamps = {name: stamp for part in gathered for name, stamp in part.items()}
-        manifest = {"inputs": inputs, "layout": {"ranks": world_size(), "zero_stage": zero_stage}, "files": stamps}
+        manifest = {
+            "inputs": inputs,
+            "environment": environment(),
+            "layout": {"ranks": world_size(), "zero_stage": zero_stage},
+            "files": stamps,
+        }
         write_text(folder / MANIFEST, json.dumps(signed(manifest), indent=1))
     barrier()
 
@@ -111,6 +116,7 @@ def last_complete(folder: Path, inputs: dict[str, Any], *, by_manifest: bool = F
             _refuse_foreign(checkpoint, manifest, inputs)
             if not by_manifest:
                 _check_files(checkpoint, manifest)
+                warn_of_versions(checkpoint, manifest.get("environment", {}))
         except _Damaged as damage:
             log.warning("%s: %s; resuming from the checkpoint before it", checkpoint, damage)
             continue

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shoal.artifacts.artifact import Artifact, Provenance, differences
+from shoal.artifacts.artifact import Artifact, differences
 from shoal.atomic_files import written_file
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
@@ -46,7 +46,6 @@ from shoal.recipe.distill import Distill, Recorded
 from shoal.recipe.losses import HiddenStates
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, shaping, shaping_keys
-from shoal.runtime import environment
 
 from ..objective.layer_losses import layer_pairs
 from ..student.spec import TrainSpec
@@ -298,11 +297,12 @@ class Wanted:
     def inputs(self) -> dict[str, Any]:
         """What identifies such a recording."""
         load = self.teacher.load
+        kernels = {"attention": load.attention} | ({"hub_kernels": True} if load.hub_kernels else {})
         return {
             "model": self.model,
             "tokenizer": tokenizer_fingerprint(self.teacher.folder),
             "dtype": load.dtype,
-            **({"attention": load.attention} if self.settings.backend == "transformers" else {}),  # vLLM has its own
+            **(kernels if self.settings.backend == "transformers" else {}),  # vLLM has its own
             "sequence_length": self.sequence_length,
             **shaping(self.settings, Shapes.SIGNALS, "distill.teacher."),
             TEMPERATURE: self.temperature,
@@ -381,11 +381,3 @@ def other_rows(hashes: np.ndarray, rows: PackedRows, start: int, shaped_otherwis
         return None
     reason = "; ".join(shaped_otherwise) or "the text or the order of its documents has changed"
     return f"row {start + int(unequal.argmax())} has other tokens ({reason})"
-
-
-def warn_of_versions(path: Path, before: Provenance) -> None:
-    """Log what of the libraries has changed since the recording at ``path`` was begun."""
-    now, words = environment(), "%s: was recorded with %s %s, this is %s; the teacher's last digits may differ"
-    for name in ("torch", "transformers"):
-        if (then := before.environment.get(name)) != now[name]:
-            log.warning(words, path, name, then, now[name])

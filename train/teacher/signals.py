@@ -21,7 +21,7 @@ from shoal.artifacts.artifact import differences
 from shoal.data.packing import IMAGES, PackedRows
 from shoal.errors import UserError
 from shoal.models.document_masks import documents_known
-from shoal.runtime import queued
+from shoal.runtime import queued, warn_of_versions
 
 from ..objective.host_batch import asking_rows, on_host, rows_of, scattered
 from ..objective.layer_losses import Captured, StateLosses
@@ -35,7 +35,6 @@ from .recording import (
     other_rows,
     shard_name,
     shards_of,
-    warn_of_versions,
 )
 
 OPEN_SHARDS = 64
@@ -129,7 +128,7 @@ class RecordingReader:
                 f"{path}: holds {manifest.num_rows:,} rows, but this run needs {len(rows):,}; run `shoal record` "
                 "again, which adds the missing rows"
             )
-        warn_of_versions(path, manifest.provenance)
+        warn_of_versions(path, manifest.provenance.environment)
         self._folder, self._manifest, self.wanted = folder, manifest, wanted
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
         shaped_otherwise = differences(rows_from, manifest.rows_from)

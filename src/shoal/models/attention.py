@@ -49,7 +49,7 @@ ABLE_GPUS = ((8, 0), (9, 0))
 NOT_EVERYWHERE = {"attention_dropout": "dropout_p", "attn_logit_softcapping": "softcap"}
 """Setting of a configuration -> parameter that only some flash kernels have for it. Dropout that they have not,
 transformers leaves out."""
-INSTALL_FLASH = "install flash-attn, or the package kernels, which downloads it"
+INSTALL_FLASH = "install flash-attn, or set hub_kernels: true, which downloads it"
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,27 @@ class Chosen:
 
 
 def choose_attention(
-    wanted: str, config: PreTrainedConfig, device: torch.device, precisions: Mapping[str, str]
+    wanted: str,
+    config: PreTrainedConfig,
+    device: torch.device,
+    precisions: Mapping[str, str],
+    *,
+    hub_kernels: bool = False,
 ) -> Chosen:
     """What auto or flash mean for a model of ``config`` on ``device``. auto is flash where that is possible, else SDPA,
     and eager attention for families that have neither.
 
-    ``precisions`` are the names of dtypes that attention runs in, by setting.
+    ``precisions`` are the names of dtypes that attention runs in, by setting. ``hub_kernels``: whether kernels may be
+    downloaded from the Hub.
 
     Raises:
         UserError: flash is asked for and not possible.
     """
     other = without_kernels("flash", config)
-    obstacles = _in_the_way(config, precisions)
+    obstacles = _in_the_way(config, precisions, hub_kernels)
     why_not = f"needs a CUDA GPU, and this device is {device.type}" if device.type != "cuda" else next(obstacles, "")
     if not why_not:
-        found = flash_kernels(config)
+        found = flash_kernels(config, hub_kernels=hub_kernels)
         told = "torch has its own kernels" if found == VARLEN else f"{found} is installed"
         told += f", and {config.model_type} can use {'them' if found == VARLEN else 'it'}"
         return Chosen("flash", told if wanted == "auto" else "the recipe names it")
@@ -87,7 +93,7 @@ def choose_attention(
     return Chosen(other, f"flash {why_not}{lacks}")
 
 
-def implementation(attention: str | None, config: PreTrainedConfig) -> str | None:
+def implementation(attention: str | None, config: PreTrainedConfig, *, hub_kernels: bool = False) -> str | None:
     """transformers' name of ``attention`` for a model of ``config``; what is no value of the setting stays as it is.
 
     Raises:
@@ -95,7 +101,7 @@ def implementation(attention: str | None, config: PreTrainedConfig) -> str | Non
     """
     if attention != "flash":
         return attention
-    if (kernels := flash_kernels(config)) is None:
+    if (kernels := flash_kernels(config, hub_kernels=hub_kernels)) is None:
         raise UserError(f"attn_implementation: flash has no kernels here; {INSTALL_FLASH}, or set it to sdpa")
     return kernels
 
@@ -114,18 +120,18 @@ def without_kernels(attention: str, config: PreTrainedConfig) -> str:
     return "sdpa" if kind is None or kind._supports_sdpa else "eager"
 
 
-def flash_kernels(config: PreTrainedConfig) -> str | None:
+def flash_kernels(config: PreTrainedConfig, *, hub_kernels: bool = False) -> str | None:
     """transformers' name of the flash kernels that a model of ``config`` would run with here: the first of those
     installed that can compute its attention, torch's own last; None = none."""
-    return next((name for name in _installed(config) if not _lacks(name, config)), None)
+    return next((name for name in _installed(config, hub_kernels) if not _lacks(name, config)), None)
 
 
-def _installed(config: PreTrainedConfig) -> Iterator[str]:
+def _installed(config: PreTrainedConfig, hub_kernels: bool) -> Iterator[str]:
     """Names of flash kernels that are here. Some families name those that they can use, such as kernels that know
     attention sinks."""
     own = getattr(_model_class(config), "_compatible_flash_implementations", None)
     names = own or ("flash_attention_3", "flash_attention_2", FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"])
-    return (name for name in (*names, VARLEN) if _is_installed(name))
+    return (name for name in (*names, VARLEN) if _is_installed(name) and (hub_kernels or "/" not in name))
 
 
 def _is_installed(name: str) -> bool:
@@ -192,7 +198,7 @@ def _head_sizes(config: PreTrainedConfig) -> set[int]:
     return sizes
 
 
-def _in_the_way(config: PreTrainedConfig, precisions: Mapping[str, str]) -> Iterator[str]:
+def _in_the_way(config: PreTrainedConfig, precisions: Mapping[str, str], hub_kernels: bool) -> Iterator[str]:
     """Why flash kernels cannot be used on a CUDA GPU. What is quick to find out comes first."""
     if not torch.cuda.is_available():
         yield "needs a CUDA GPU, and torch finds none here"
@@ -204,6 +210,6 @@ def _in_the_way(config: PreTrainedConfig, precisions: Mapping[str, str]) -> Iter
         yield f"computes in {' or '.join(HALVES)}, but {key} is {precisions[key]}"
     if wrong := [size for size in _head_sizes(config) if size > LARGEST_HEAD or size % 8]:
         yield (f"takes head sizes of a multiple of 8 up to {LARGEST_HEAD}, but {config.model_type} has {max(wrong)}")
-    lacking = [_lacks(name, config) for name in _installed(config)]
+    lacking = [_lacks(name, config) for name in _installed(config, hub_kernels)]
     if all(lacking):
         yield lacking[0] if lacking else f"has no kernels here: {INSTALL_FLASH}"

@@ -22,7 +22,8 @@ from shoal.models.anatomy import decoder_body, text_config
 from shoal.models.attention import named
 from shoal.models.checkpoint_files import NOT_CAUSAL, wrong_token
 from shoal.models.families import family
-from shoal.models.load import Checkpoint, LoadSettings, pad_with_end, refuse_ids_beyond
+from shoal.models.hub_kernels import from_pretrained, tell_of_kernels
+from shoal.models.load import Checkpoint, LoadSettings, load_config, pad_with_end, refuse_ids_beyond
 from shoal.models.packed_attention import VARLEN
 from shoal.models.resolve import resolve_model
 from shoal.runtime import device
@@ -47,10 +48,12 @@ def as_model(model: Model, name: str = "model", *, is_placed: bool = True, **set
     if isinstance(model, str | Path):
         model = str(model)
         given = {"dtype": fast_dtype(device()).dtype, **settings}
+        given["hub_kernels"] = given.pop("use_kernels", False)
         refuse_no_model(model, revision := given.pop("revision", None))
         folder = resolve_model(model, revision=revision)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **given)
+            stored = load_config(folder, trust_remote_code=given.get("trust_remote_code", False))
+            loaded: Any = from_pretrained(AutoModelForCausalLM, folder, stored=stored, **given)
         except (TypeError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -59,6 +62,7 @@ def as_model(model: Model, name: str = "model", *, is_placed: bool = True, **set
         loaded.config.name_or_path = model
         return as_model((loaded.to(device()) if is_placed else loaded).eval(), name)
     require_usable(model, name)
+    tell_of_kernels(model, name)
     if is_placed and model.device.type == "cpu" and torch.accelerator.is_available():
         log.warning(
             "%s: is on the CPU and will compute there, so %s is not used: call .to(%r)", name, *[device().type] * 2

@@ -35,6 +35,7 @@ from shoal.models.anatomy import text_config
 from shoal.models.attention import implementation
 from shoal.models.checkpoint_files import DOWNLOAD_AGAIN
 from shoal.models.families import family
+from shoal.models.hub_kernels import DEQUANTISED, from_pretrained, quantisation
 from shoal.progress import doing
 from shoal.ranks import rank, world_size
 
@@ -171,6 +172,7 @@ def load_model(
     attention: str | None = "sdpa",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    hub_kernels: bool = False,
     offload: Path | None = None,
 ) -> PreTrainedModel:
     """The causal language model at ``folder`` in eval mode, from safetensors only; with the tower that reads images
@@ -178,7 +180,7 @@ def load_model(
     on disk for their turn in every forward (accelerate's dispatch); such a model can be run and not changed.
 
     ``dtype``: a name of torch's, or stored = that of the checkpoint. ``attention``: as in a recipe but for auto; None =
-    SDPA where the family has it, else eager.
+    SDPA where the family has it, else eager. ``hub_kernels``: as in a recipe.
 
     Raises:
         UserError: an architecture this transformers does not know, remote code without consent, a damaged file, weights
@@ -193,10 +195,13 @@ def load_model(
         placed = {"device_map": {"": str(device)}}  # straight there: eight ranks would need eight copies on the host
     remedy = f"transformers cannot load it as a causal language model ({{}}); give another model, or {DOWNLOAD_AGAIN}"
     with _explained(folder, remedy), doing(f"loading {folder}"):
-        loaded: Any = automatic_class(config).from_pretrained(
+        loaded: Any = from_pretrained(
+            automatic_class(config),
             folder,
+            stored=config,
+            hub_kernels=hub_kernels,
             dtype=named_dtype(dtype) or "auto",
-            attn_implementation=implementation(attention, config),
+            attn_implementation=implementation(attention, config, hub_kernels=hub_kernels),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -229,14 +234,17 @@ def loaded_dtype(config: PreTrainedConfig, wanted: str = "stored", shards: Itera
 
 
 def loaded_bytes(folder: Path, config: PreTrainedConfig, wanted: str = "stored") -> int:
-    """Bytes of the weights in ``folder`` in the precision that they are loaded in; quantised ones stay as stored."""
+    """Bytes of the weights in ``folder`` in the precision that they are loaded in; quantised ones stay as stored, but
+    for formats that need kernels of the Hub."""
     shards = files.read_shards(folder)
-    size, is_quantised = loaded_dtype(config, wanted, shards).itemsize, hasattr(config, "quantization_config")
-    return sum(
-        part.end - part.start if is_quantised or part.dtype not in FLOATS else size * math.prod(part.shape)
+    size = loaded_dtype(config, wanted, shards).itemsize
+    method = quantisation(config)
+    stored = sum(
+        part.end - part.start if method or part.dtype not in FLOATS else size * math.prod(part.shape)
         for shard in shards
         for part in shard.tensors.values()
     )
+    return stored * DEQUANTISED.get(method, 1)
 
 
 ROOM = 0.8
@@ -260,6 +268,8 @@ class LoadSettings:
     attention: str = "sdpa"
     """Kernels of attention as in a recipe, but for auto (see shoal.models.attention)."""
     trust_remote_code: bool = False
+    hub_kernels: bool = False
+    """Whether transformers may compute parts of the model with kernels that it downloads."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +313,7 @@ class Checkpoint:
             attention=self.load.attention,
             device=device,
             trust_remote_code=self.load.trust_remote_code,
+            hub_kernels=self.load.hub_kernels,
         )
 
 

@@ -21,6 +21,7 @@ from shoal.errors import UserError
 from shoal.model_names import DEMO_MODELS, DEMO_PREFIX, refuse_no_model
 from shoal.models.checkpoint_files import check_checkpoint
 from shoal.models.download import CONFIGS, download
+from shoal.models.hub_kernels import from_pretrained
 from shoal.models.load import load_config
 from shoal.progress import doing
 
@@ -89,8 +90,12 @@ def convert_gguf(source: Path, folder: Path) -> None:
         patch.object(np, "memmap", lambda *args, **words: np.asarray(mapped(*args, **words))),
     ):
         # Without dequantize=True a quantizer stays attached: saving and training would be refused.
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        model = from_pretrained(
+            AutoModelForCausalLM,
+            source.parent,
+            gguf_file=source.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
         )
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.save_pretrained(folder)

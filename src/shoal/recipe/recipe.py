@@ -100,6 +100,11 @@ class Recipe(Section):
     """Processes per stage on this machine. Default: one per visible GPU, or one on a CPU."""
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
     """Run code that comes with the checkpoint; read it first."""
+    hub_kernels: Annotated[
+        bool, Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED, Field(exclude_if=lambda wanted: not wanted)
+    ] = False
+    """Run all models with kernels from the Hub. They are downloaded code, exist mainly for GPUs, and give other last
+    digits. run.json records their names and revisions. Cuts are proved without them."""
     measure: Measure = field(default_factory=Measure)
     prune: Prune = field(default_factory=CutByScore)
     """Layers to drop, by number (`drop`) or by a score, and other changes."""

@@ -66,7 +66,7 @@ def test_scores_with_biases_of_their_own_are_refused_by_name() -> None:
 @torch.no_grad()
 def hidden(model: Any, wanted: str) -> None:
     """Run two rows of two documents each under the kernels ``wanted``."""
-    model.set_attn_implementation(implementation(wanted, model.config))
+    model.set_attn_implementation(implementation(wanted, model.config, hub_kernels=True))
     body: Any = decoder_body(model)
     positions = torch.tensor([[*range(12), *range(4)], [7, 8, 9, *range(13)]])
     ids = torch.randint(5, 90, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -29,8 +29,17 @@ def test_a_machine_without_a_gpu_says_so_and_the_rest_is_looked_at(
     code, rows = told(capsys, "--run-dir", str(tmp_path / "runs"))
     assert code == 0
     assert rows["GPU memory free"]["found"] == "no GPU: training runs on the CPU"
-    assert {rows[what]["verdict"] for what in ("devices", "host memory free", "run directory", "its loss")} == {"ok"}
+    assert {
+        rows[what]["verdict"] for what in ("libraries", "devices", "host memory free", "run directory", "its loss")
+    } == {"ok"}
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_libraries_of_other_versions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "untested", lambda: iter([("trl", "9.9.1", "<1.17,>=1.15"), ("peft", "", ">=0.20")]))
+    assert doctor._libraries() == Row(
+        "libraries", "trl 9.9.1, peft not installed", "trl<1.17,>=1.15, peft>=0.20", "wrong"
+    )
 
 
 @pytest.mark.slow

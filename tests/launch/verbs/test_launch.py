@@ -156,5 +156,7 @@ def test_a_gpu_that_does_not_answer_is_no_traceback(monkeypatch: pytest.MonkeyPa
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # a training in this process leaves them
         monkeypatch.delenv(name, raising=False)
     machine._asked.cache_clear()
-    with pytest.raises(UserError, match=r"device: the GPU does not respond: .*compiled with CUDA.*; see `nvidia-smi`"):
+    with pytest.raises(
+        UserError, match=r"device: the GPU does not respond: .*(compiled with CUDA|NVIDIA driver).*; see `nvidia-smi`"
+    ):
         machine.card()

@@ -175,6 +175,25 @@ def test_run_json_tells_the_story(make_run: Any) -> None:
     assert story["stages"] == {"plan.json": {"fingerprint": plan.fingerprint, "created": plan.created}}
 
 
+@pytest.mark.slow
+def test_run_json_has_the_kernels_of_every_stage_and_a_run_of_other_libraries_says_so(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = {"kernels-community/activation": "abc"}
+    with monkeypatch.context() as there:
+        there.setattr("shoal.runtime.loaded_kernels", lambda: kernels)
+        run = make_run()
+        pruning.prune(run)
+    write_story(run)
+    story = json.loads((run.dir / "run.json").read_text())
+    assert story["environment"]["hub_kernels"] == kernels  # of another process
+    story["environment"]["torch"] = "2.1.0"
+    (run.dir / "run.json").write_text(json.dumps(story))
+    caplog.clear()
+    make_run()
+    assert f"run: was made with torch 2.1.0 (this is {torch.__version__})" in caplog.text
+
+
 def test_run_json_holds_no_secret(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DB_PASSWORD", "opensesame")
     token = "hf_" + "s" * 34

@@ -43,7 +43,7 @@ FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "gpt_oss", "gr
 
 
 def switched(model: PreTrainedModel, wanted: str) -> PreTrainedModel:
-    kernels = implementation(wanted, model.config)
+    kernels = implementation(wanted, model.config, hub_kernels=True)
     assert kernels is not None
     model.set_attn_implementation(kernels)
     return model
@@ -111,7 +111,6 @@ def test_flash_is_taken_where_it_is_possible_and_the_reason_names_the_kernels() 
             (8, 0),
             "for gemma4_text, which computes something else under the name SDPA",
         ),
-        (architectures.tiny_config("falcon"), (8, 0), "for falcon, which computes something else under the name SDPA"),
         (Gemma2Config(), (9, 0), "by torch's own kernels is not possible for gemma2, which has no SDPA"),
         (
             LlamaConfig(attention_dropout=0.1),
@@ -143,6 +142,16 @@ def test_kernels_that_cannot_be_loaded_leave_torchs_own(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(attention, "lazy_import_flash_attention", broken)
     assert (implementation("flash", LlamaConfig()), named(VARLEN)) == (VARLEN, "flash")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kernels_of_the_hub_are_taken_only_where_the_recipe_allows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_is_installed", lambda name: "/" in name)
+    config = architectures.tiny_config("gpt_oss")
+    with pytest.raises(UserError, match="flash has no kernels here: install flash-attn, or set hub_kernels: true"):
+        choose_attention("flash", config, GPU, HALF)
+    assert choose_attention("auto", config, GPU, HALF).attention == "eager"
+    assert choose_attention("auto", config, GPU, HALF, hub_kernels=True).attention == "flash"
 
 
 def test_a_cpu_has_no_flash_and_auto_is_what_the_family_has() -> None:

@@ -23,6 +23,7 @@ from shoal.recipe.trainer_arguments import REFUSED_ARGUMENTS
 VALUES: dict[str, Any] = {
     "export.hub_repo": "me/mine",
     "trust_remote_code": True,
+    "hub_kernels": True,
     "eval.include_path": "tasks",
     "distill.teacher.path": "signals",
     "distill.deepspeed.flops_profiler.output_file": "profile.txt",

@@ -1,7 +1,4 @@
-"""What a training may be told, against what transformers takes.
-
-Covers: shoal.installed.
-"""
+"""What a training may be told, against what transformers takes."""
 
 from __future__ import annotations
 

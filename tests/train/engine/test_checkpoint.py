@@ -64,6 +64,19 @@ def test_one_of_an_older_shoal_which_kept_no_times_is_read_again(tmp_path, monke
     assert last_complete(tmp_path, INPUTS) == folder
 
 
+def test_one_of_another_version_of_a_library_says_so_and_is_taken(tmp_path, monkeypatch, caplog):
+    now = checkpoint_module.environment()
+    with monkeypatch.context() as older:
+        older.setattr(checkpoint_module, "environment", lambda: now | {"torch": "2.1.0", "trl": "0.1"})
+        (folder,) = committed(tmp_path, 1)
+    assert last_complete(tmp_path, INPUTS, by_manifest=True) == folder
+    assert not caplog.text
+    assert last_complete(tmp_path, INPUTS) == folder
+    told = f"checkpoint-1: was made with torch 2.1.0 (this is {torch.__version__}); new numbers may differ"
+    assert told in caplog.text
+    assert "trl" not in caplog.text
+
+
 def test_a_checkpoint_whose_save_fails_goes_unless_its_manifest_vouches_for_it(tmp_path, monkeypatch):
     """A rank that dies behind the manifest breaks the barrier at the end of the others; what they saved is complete."""
     for waits, complete in ((0, None), (1, tmp_path / "checkpoint-2")):
