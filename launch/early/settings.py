@@ -42,14 +42,9 @@ def refuse_columns(asked: Asked) -> None:
         names.refuse_unknown(settings.sweep.tasks, asked.recipe.eval.include_path, setting="measure.sweep.tasks")
     if asked.verb not in CUT or isinstance(prune, CutThese) or (asked.folder / Importance.FILE).exists():
         return
-    if prune.metric is None and (name := prune.default_metric) not in settings.metrics:
-        place = "prune.contiguous" if prune.contiguous else "prune.metric"
-        raise UserError(f"{place}: layers are chosen by {name}, which measure.metrics does not name; add it there")
     if settings.sweep is None:
-        for name in sorted(prune.chosen_by - {*settings.metrics}):
-            if name not in METRICS:
-                raise no_metric(name, f"prune.metric={name}")
-            raise UserError(f"prune.metric={name}: this metric is not measured; add it to measure.metrics")
+        for name in sorted(prune.chosen_by - {*METRICS}):
+            raise no_metric(name, f"prune.metric={name}")
         for name in prune.spare:
             raise not_measured(f"prune.spare: {name}", "it has none.", "measure.sweep.tasks")
         if "cornerstone" in prune.protect:

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-import httpx
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of the client that this version stands on
+)
 from torch import nn
 
 from shoal.errors import NO_ANSWER
@@ -103,7 +105,7 @@ def default_text(num_parameters: int) -> DefaultText:
         return DefaultText("bundled", "HF_HUB_OFFLINE is set; it is only about software, and broad text recovers more")
     try:
         HfApi().dataset_info(name, timeout=HUB_WAIT_S)
-    except (HfHubHTTPError, httpx.HTTPError, OSError, *NO_ANSWER) as error:
+    except (HfHubHTTPError, HTTPError, OSError, *NO_ANSWER) as error:
         reason = f"the Hub does not provide {name} ({type(error).__name__})"
         return DefaultText("bundled", f"{reason}; it is only about software, and broad text recovers more")
     return DefaultText("public", f"the Hub has it, and a model of {count_text(num_parameters)} parameters is not small")

@@ -77,8 +77,8 @@ class Measure(Section):
         "block_influence",
         "angular",
     )
-    """Metrics and greedy orders by name; `shoal list metrics` shows all. Greedy orders remove a quarter of the layers,
-    or as many as prune needs."""
+    """Metrics and greedy orders by name; `shoal list metrics` shows all. The one that prune.metric names is measured
+    too. Greedy orders remove a quarter of the layers, or as many as prune needs."""
     sweep: Sweeps | None = None
     """Ablation: score tasks without each layer. Default: none."""
 

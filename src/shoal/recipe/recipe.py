@@ -10,7 +10,7 @@ import logging
 import os
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,9 +24,9 @@ from shoal.recipe import remembered
 from shoal.recipe.asked import ALLOW, allowed, asked, at
 from shoal.recipe.distill import Distill
 from shoal.recipe.evaluate import CONFIGS_DIR, Eval
-from shoal.recipe.measure import Measure
+from shoal.recipe.measure import METRICS, Measure
 from shoal.recipe.messages import blamed, checked, quoted
-from shoal.recipe.prune import CutByScore, Prune
+from shoal.recipe.prune import CutByScore, CutThese, Prune
 from shoal.recipe.section import Dtype, Place, Positive, Section, Seed, Shapes, Text, types_of
 from shoal.recipe.trainer_arguments import read_deepspeed
 from shoal.redaction import redacted
@@ -114,6 +114,11 @@ class Recipe(Section):
     export: Annotated[Export, Shapes.NOTHING] = field(default_factory=Export)
 
     def __post_init__(self) -> None:
+        if isinstance(self.prune, CutByScore):
+            chosen_by = self.prune.chosen_by or {self.prune.default_metric}
+            if missing := sorted(chosen_by & {*METRICS} - {*self.measure.metrics}):
+                metrics: Any = (*self.measure.metrics, *missing)
+                object.__setattr__(self, "measure", replace(self.measure, metrics=metrics))
         if not self.run_dir:
             object.__setattr__(self, "run_dir", f"runs/{name_of_model(self.model)}")
 
@@ -149,7 +154,27 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     for override in overrides:
         if not override.startswith(f"{ALLOW}="):
             apply_override(raw, override)
+    _drop_rivals(raw, {override.partition("=")[0] for override in overrides}, file)
     return raw, file
+
+
+def _drop_rivals(raw: dict[str, Any], own: Collection[str], file: Path) -> None:
+    """Take out what ``file`` says of how many layers are dropped, where the user, whose ``own`` places these are, says
+    it in another way: a recipe of `shoal init` names a number, and `--ratio` is meant to replace it."""
+    section = raw.get("prune")
+    if not isinstance(section, dict):
+        return
+    users = {place.split(".")[1] for place in own if place.startswith("prune.")}
+    said = [key for key in ("drop", "num_drop", "ratio", "target") if key in users and section.get(key) is not None]
+    if not said:
+        return
+    rivals = {"drop", "num_drop", "ratio", "target"}
+    if "drop" in said:
+        rivals |= types_of(CutByScore).keys() - types_of(CutThese).keys()
+    for key in sorted(rivals - users & section.keys()):
+        if section[key] is not None and "LOCAL_RANK" not in os.environ:
+            log.info("prune.%s replaces prune.%s: %s of %s", said[0], key, section[key], file)
+        del section[key]
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:

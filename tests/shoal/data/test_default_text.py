@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from tiny import tiny_model
 
@@ -58,7 +57,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, *, offl
     [
         (None, False, "public", "the Hub has it"),
         (None, True, "bundled", "HF_HUB_OFFLINE is set"),
-        (httpx.ConnectError("refused"), False, "bundled", "does not provide HuggingFaceFW/fineweb-edu (ConnectError)"),
         (json.JSONDecodeError("no Hub", "", 0), False, "bundled", "(JSONDecodeError)"),
     ],
 )
@@ -70,6 +68,16 @@ def test_broad_text_is_taken_where_the_hub_has_it(
     assert found.kind == kind
     assert words in found.reason
     assert {*BROAD} == {*LICENCES}
+
+
+def test_without_a_network_the_bundled_text_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the error that the installed huggingface_hub raises where nothing listens."""
+    real = module.HfApi
+    hub(monkeypatch)
+    monkeypatch.setattr(module, "HfApi", lambda: real(endpoint="http://127.0.0.1:9"))
+    found = default_text(8_000_000_000)
+    assert found.kind == "bundled"
+    assert "does not provide HuggingFaceFW/fineweb-edu (ConnectError)" in found.reason
 
 
 def test_a_small_model_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:

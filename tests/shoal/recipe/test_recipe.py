@@ -22,7 +22,7 @@ from shoal.recipe.evaluate import CONFIGS_DIR
 from shoal.recipe.losses import CrossEntropy, ForwardKL, term_names
 from shoal.recipe.messages import MOST_TOLD
 from shoal.recipe.prune import CutThese
-from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
+from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe, read_settings
 from shoal.recipe.section import TextSource, as_dict
 from shoal.recipe.trainer_arguments import read_deepspeed
 from shoal.yaml_text import own_yaml, read_yaml
@@ -284,3 +284,54 @@ def test_a_shipped_recipe_loads_and_commands_in_it_can_be_given(file: Path) -> N
             continue
         assert {f"configs/{file.name}", file.stem} & set(words)
         load_recipe(file, [word for word in words if "=" in word])
+
+
+@pytest.mark.parametrize(
+    ("prune", "metrics"),
+    [
+        ({"metric": "taylor"}, ("block_influence", "angular", "taylor")),
+        ({"metric": {"sleb": 1, "taylor": 2}}, ("block_influence", "angular", "sleb", "taylor")),
+        ({"metric": "angular"}, ("block_influence", "angular")),
+        ({"metric": "retrieval"}, ("block_influence", "angular")),  # an ablation's column
+        ({"drop": [1]}, ("block_influence", "angular")),
+    ],
+)
+def test_the_metric_that_chooses_layers_is_measured(prune: dict[str, Any], metrics: tuple[str, ...]) -> None:
+    assert parse_recipe({"model": "a/b", "prune": prune}).measure.metrics == metrics
+
+
+def test_the_default_metric_is_measured_beside_those_that_are_named() -> None:
+    recipe = parse_recipe({"model": "a/b", "measure": {"metrics": ["taylor"]}, "prune": {"contiguous": True}})
+    assert recipe.measure.metrics == ("taylor", "angular")
+
+
+@pytest.mark.parametrize(
+    ("override", "kept", "told"),
+    [
+        ("prune.ratio=0.25", {"ratio": 0.25, "metric": "taylor"}, "prune.ratio replaces prune.num_drop: 4 of"),
+        (
+            "prune.target.params=9",
+            {"target": {"params": 9}, "metric": "taylor"},
+            "prune.target replaces prune.num_drop",
+        ),
+        ("prune.drop=[1]", {"drop": [1]}, "prune.drop replaces prune.metric: taylor of"),
+        ("prune.num_drop=3", {"num_drop": 3, "metric": "taylor"}, ""),
+        ("seed=1", {"num_drop": 4, "metric": "taylor"}, ""),
+    ],
+)
+def test_an_option_replaces_what_the_file_says_in_another_way(
+    override: str, kept: dict[str, Any], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="shoal")
+    file = tmp_path / "a.yaml"
+    file.write_text("model: a/b\nprune: {num_drop: 4, metric: taylor}\n")
+    said, _ = read_settings(file, [override])
+    assert said["prune"] == kept
+    assert told in caplog.text
+    assert bool(told) == ("replaces" in caplog.text)
+
+
+def test_two_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model: a/b\n")
+    with pytest.raises(UserError, match="num_drop and ratio exclude each other"):
+        load_recipe(tmp_path / "a.yaml", ["prune.ratio=0.5", "prune.num_drop=3"])
