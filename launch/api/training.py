@@ -20,6 +20,7 @@ from shoal.data.sources import Given, is_source, sources_of
 from shoal.data.streams import pack
 from shoal.errors import UserError
 from shoal.machine import fast_dtype, peak_memory
+from shoal.models.anatomy import require_gradients
 from shoal.models.in_memory import Model, as_model, left_as_it_was, name_of, require_tokenizer
 from shoal.models.load import num_parameters
 from shoal.ranks import world_size
@@ -82,6 +83,7 @@ def distill(
         >>> shoal.distill(student, model, texts, num_tokens=2_000, sequence_length=128, tokenizer=tokenizer).history
     """
     student, teacher = as_model(student, "student", is_placed=False), as_model(teacher, "teacher", is_placed=False)
+    require_gradients(student)  # before it is left as it was, which such weights do not allow
     refuse_swapped(student, teacher)
     tokenizer = require_tokenizer(tokenizer, student)
     if is_auto(data):

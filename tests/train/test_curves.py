@@ -66,7 +66,7 @@ def test_a_spike_is_measured_against_the_median_of_the_steps_before():
 
 def test_the_first_steps_and_a_guard_that_is_off_say_nothing():
     few = REMEMBERED_STEPS // 2
-    assert problems(LossGuard(2.0), [1.0] * (few - 1) + [100.0]) == [None] * few
+    assert problems(LossGuard(2.0), [1.0] * (few - 1) + [1.9]) == [None] * few
     assert problems(LossGuard(None), [1.0] * 50 + [1e9]) == [None] * 51
 
 
@@ -80,3 +80,13 @@ def test_the_batch_of_a_refused_step_is_kept_by_rank(tmp_path, monkeypatch):
     kept = load_file(tmp_path / "step-7" / "rank-1.safetensors")
     assert sorted(kept) == ["0.input_ids", "1.input_ids"]
     assert torch.equal(kept["1.input_ids"], batches[1]["input_ids"])
+
+
+def test_a_training_that_diverges_from_its_first_step_on_is_told_by_the_loss_before_it():
+    guard = LossGuard(10.0)
+    assert problems(guard, [0.23, 3.1, 9.9]) == [None] * 3, "a batch of another source"
+    told = guard.problem({"loss": 40.0})
+    assert told == "the loss is 40, more than distill.stop_on_spike (10) times 1, and was 0.23 before training"
+    guard = LossGuard(10.0)
+    assert problems(guard, [2.0, 19.0]) == [None] * 2
+    assert "times 2, and was 2 before training" in str(guard.problem({"loss": 21.0}))

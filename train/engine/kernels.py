@@ -137,7 +137,7 @@ def require_liger(family: str, device: torch.device) -> None:
     """
     reason = ""
     if importlib.util.find_spec("liger_kernel") is None or importlib.util.find_spec("triton") is None:
-        reason = "liger-kernel is not installed; `pip install 'shoal[gpu]'`"
+        reason = "liger-kernel is not installed; `pip install 'liger-kernel<0.9'`"
     elif device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         reason = "Liger's kernels run on GPUs, and this is a CPU"
     elif family not in _families():

@@ -35,8 +35,9 @@ CHUNK = 256
 LOGITS = 2**26
 """Most logits of a chunk: of a larger vocabulary fewer tokens, so that memory does not grow. A quarter of that costs a
 CPU an eighth of its speed at 262 thousand words: the head is read for every chunk."""
-SMALLEST_TAIL = 1e-8
-"""Least probability that stored ones leave to all other words: rounded ones may add up to more than 1."""
+SMALLEST_TAIL = 2.0**-149
+"""Probability of all other words together where float32 holds 0 for it: it is at most this, and has to have a
+logarithm."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +331,6 @@ def _of_any_length(*values: Any) -> None:
 def _with_tail(targets: TopK, part: slice) -> Coarse:
     """The teacher's distribution over the stored words of a chunk and, last, all others."""
     log_CK, tail_C1 = targets.log_probs_NK[part].double(), targets.tail_N[part, None].double()
-    # 0 where vLLM's rounded log-probabilities leave nothing
     tail_C1 = torch.where(tail_C1 > 0, tail_C1, SMALLEST_TAIL)
     exact = torch.promote_types(targets.log_probs_NK.dtype, torch.float32)
     log_C = torch.cat([log_CK, tail_C1.log()], -1).to(exact)

@@ -36,6 +36,9 @@ from ..objective.objective import final_hidden
 
 log = logging.getLogger(__name__)
 
+ROUNDED_TAIL = 1e-8
+"""Least probability that what vLLM says leaves to all other words: its rounded log-probabilities may add up to more
+than 1."""
 SPARE_POSITIONS = 2
 """Positions that a document needs beside its own: for the token that nobody reads, and for the one that is written."""
 TOKENS_AT_ONCE = 2048
@@ -101,7 +104,7 @@ class VllmTeacher:
             for (row, start, stop), prompt, output in zip(part, prompts, outputs, strict=True):
                 ids[row, start:stop], log_probs[row, start:stop] = self._read(prompt, output.prompt_logprobs)
                 tell(int(stop == length))
-        tail = np.clip(1 - np.exp(log_probs).sum(-1), 0, None)
+        tail = np.clip(1 - np.exp(log_probs).sum(-1), ROUNDED_TAIL, None)
         return torch.from_numpy(ids), torch.from_numpy(log_probs).float(), torch.from_numpy(tail).float()
 
     def _read(self, prompt: Sequence[int], answer: Sequence[Mapping[int, Any] | None]) -> tuple[np.ndarray, np.ndarray]:

@@ -131,6 +131,10 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
             raise UserError(f"data {where}: a turn in {column!r} {problem}; every turn needs a role and a content")
         if not isinstance(content := turn.get("content"), str | list | None):
             raise UserError(f"data {where}: the content of a turn in {column!r} is {type(content).__name__}, not text")
+        if not any(said for key, said in turn.items() if key != "role") and content is None:
+            raise UserError(
+                f"data {where}: a turn of {turn['role']!r} in {column!r} has no content; give it text or tool_calls"
+            )
     return [{**turn, **({"content": _joined(turn["content"])} if "content" in turn else {})} for turn in value]
 
 

@@ -49,9 +49,9 @@ class Track(Section):
     directory, or WANDB_NAME."""
 
     wandb: Literal["online", "offline", "off"] | None = None
-    """Mode of W&B. Default: online if you are logged in, offline after WANDB_MODE=offline, else off."""
+    """Mode of W&B. Default: off, unless WANDB_PROJECT is set or WANDB_MODE is online or offline."""
     project: Annotated[Text, AfterValidator(_no_mark)] = "shoal"
-    """W&B project."""
+    """W&B project, unless WANDB_PROJECT names one."""
     tags: tuple[str, ...] = ()
     """Tags of the W&B run."""
 

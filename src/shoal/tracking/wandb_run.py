@@ -48,7 +48,8 @@ _given_up = False
 
 
 def wandb_mode(track: Track) -> Literal["online", "offline", "off"]:
-    """online, offline or off.
+    """online, offline or off: nothing is sent unless the recipe, WANDB_MODE=online or WANDB_PROJECT asks for it, also
+    where somebody is logged in.
 
     Raises:
         UserError: online was asked for and there is no API key, or one that W&B would refuse.
@@ -58,7 +59,9 @@ def wandb_mode(track: Track) -> Literal["online", "offline", "off"]:
     wanted = os.environ.get("WANDB_MODE") if track.wandb is None else None
     if wanted in ("offline", "dryrun"):
         return "offline"
-    if wanted != "disabled" and (key := _key()):
+    in_variables = wanted == "online" or (wanted is None and bool(os.environ.get("WANDB_PROJECT")))
+    is_asked = track.wandb == "online" or (track.wandb is None and in_variables)
+    if is_asked and (key := _key()):
         if not re.fullmatch(r"\w{40,}|[^-]*-[\w-]{40,}|[\w-]+(\.[\w-]+){2}", key):  # of an own server; short-lived
             raise UserError(
                 f"track.wandb: the API key is not one of W&B (40 or more letters and digits; it has {len(key)} "
@@ -88,6 +91,8 @@ def start(track: Track, run_dir: Path, recipe: dict[str, Any]) -> Run | None:
     Where W&B cannot be reached, this process goes on offline.
     """
     mode = wandb_mode(track)
+    if mode == "off" and is_main():
+        log.info("curves: in %s/log.jsonl; track.wandb=online sends them to W&B too", run_dir)
     if mode == "off" or _given_up or not is_main():
         return None
     with attempt("it could not be started", run_dir):
@@ -203,7 +208,7 @@ def _open(mode: Literal["online", "offline"], track: Track, run_dir: Path, recip
     if is_new:
         write_text(id_file, secrets.token_hex(4) + "\n")
     arguments: dict[str, Any] = {
-        "project": redacted(track.project),
+        "project": redacted(os.environ.get("WANDB_PROJECT") or track.project),
         "name": redacted(os.environ.get("WANDB_NAME") or run_dir.resolve().name),
         "tags": redacted(track.tags) or None,
         "dir": str(run_dir),

@@ -536,3 +536,22 @@ def test_a_run_directory_is_read_as_it_is(tmp_path: Path) -> None:
     assert read_run(again.folder).model == read_run(run.folder).model, "the recipe is kept beside them"
     with pytest.raises(shoal.UserError, match=r"has no model 'distilled'; existing are none"):
         run.model()
+
+
+def test_a_rate_far_too_high_ends_at_the_first_steps(teacher: Path) -> None:
+    model, tokenizer = loaded(teacher)
+    with pytest.raises(
+        shoal.UserError, match=r"step [2-6]: the loss is .*, more than distill\.stop_on_spike \(10\) times"
+    ):
+        shoal.distill(
+            shoal.cut_model(model, [1]), model, TEXTS, tokenizer=tokenizer, sequence_length=64,
+            trainer={"max_steps": 12, "learning_rate": 50},
+        )  # fmt: skip
+
+
+def test_a_student_made_in_inference_mode_is_refused_by_name(teacher: Path) -> None:
+    model, tokenizer = loaded(teacher)
+    with torch.inference_mode():
+        student = shoal.cut_model(model, [1])
+    with pytest.raises(shoal.UserError, match=r"model: torch\.inference_mode takes no gradients"):
+        shoal.distill(student, model, TEXTS, tokenizer=tokenizer, sequence_length=64, trainer={"max_steps": 1})

@@ -32,7 +32,7 @@ RECIPE = {"model": "x", "note": HUB_TOKEN}
 @pytest.fixture(autouse=True)
 def _own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees what another one did to W&B, or leaves anything in the user's folders."""
-    for name in ("WANDB_MODE", "WANDB_NAME"):
+    for name in ("WANDB_MODE", "WANDB_NAME", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -158,6 +158,12 @@ def test_a_key_is_needed_only_where_online_is_asked_for(monkeypatch: pytest.Monk
         wandb_run.wandb_mode(Track(wandb="online"))
     netrc.write_text(f"machine api.wandb.ai\n login user\n password {KEY}\n")
     netrc.chmod(0o600)
+    assert wandb_run.wandb_mode(Track()) == "off", "who is logged in has not asked for it"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert wandb_run.wandb_mode(Track()) == "online"
+    assert wandb_run.wandb_mode(Track(wandb="off")) == "off"
+    monkeypatch.delenv("WANDB_PROJECT")
+    monkeypatch.setenv("WANDB_MODE", "online")
     assert wandb_run.wandb_mode(Track()) == "online"
     for key in ("short", "local-" + KEY[:38], "local-" + KEY, "head.pay-load.sign_ed", KEY + "!"):
         monkeypatch.setenv("WANDB_API_KEY", key)

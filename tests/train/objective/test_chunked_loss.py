@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -61,8 +62,10 @@ def live(given: dict[str, Tensor], way: Callable[..., Tensor] = head) -> Dense:
 
 def stored(given: dict[str, Tensor], k: int, temperature: float = 1.0) -> TopK:
     logits = head(given["teacher_hidden"], given["teacher_weight"])
-    found = torch.log_softmax(logits / temperature, -1).topk(k, dim=-1)
-    tail = (1 - found.values.double().exp().sum(-1)).clamp(min=head_module.SMALLEST_TAIL)
+    log_probs = torch.log_softmax(logits / temperature, -1)
+    found = log_probs.topk(k, dim=-1)
+    # summed and not taken from 1, a difference of nearly equal numbers
+    tail = log_probs.double().exp().scatter(-1, found.indices, 0.0).sum(-1)
     return TopK(found.indices, found.values, temperature, tail)
 
 
@@ -220,6 +223,17 @@ def test_top_k_form_equals_the_divergence_of_the_coarsened_distributions(term: L
         (gradient,) = torch.autograd.grad(0.7 * expected, plain["hidden"])
         torch.testing.assert_close(sums[0], expected.detach(), rtol=1e-6, atol=1e-8, msg=f"{k=} {scale=}")
         torch.testing.assert_close(given["hidden"].grad, gradient, rtol=1e-6, atol=1e-8, msg=f"{k=} {scale=}")
+
+
+def test_a_tail_below_float32_is_not_taken_for_more_than_it_can_be() -> None:
+    """Reverse KL against a teacher that is sure by more nats than float32 has for a probability."""
+    targets = TopK(torch.tensor([[0, 1]]), torch.tensor([[-1e-3, -7.0]]), 1.0, torch.tensor([0.0]))
+    weight = torch.eye(3)
+    hidden = torch.tensor([[0.0, 0.0, 0.0]])  # the student spreads evenly over two stored words and the tail
+    _, sums = chunked({"hidden": hidden, "weight": weight}, targets, (ReverseKL(),), labels=torch.tensor([0]))
+    third = 1 / 3
+    expected = sum(third * (math.log(third) - said) for said in (-1e-3, -7.0, -149 * math.log(2)))
+    assert float(sums[0]) == pytest.approx(expected, rel=1e-6)
 
 
 def teacher_logits(given: dict[str, Tensor], temperature: float) -> Tensor:
