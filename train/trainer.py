@@ -46,8 +46,15 @@ from .curves import CurveRow, LossGuard, judged_norm, numbers, refuse_step
 from .dataset import StepSampler
 from .engine.arguments import kept_checkpoints
 from .engine.background import BackgroundWriter
-from .engine.checkpoint import commit, layout, remove_older, removed_unless_complete, separate_groups
-from .engine.sharding import forwards_uncounted, gathered, keep_gradient_norm, place_teacher, reduce_in_parts
+from .engine.checkpoint import commit, layout, own_steps, remove_older, removed_unless_complete, separate_groups
+from .engine.sharding import (
+    forwards_uncounted,
+    gathered,
+    keep_gradient_norm,
+    place_teacher,
+    record_reduced,
+    reduce_in_parts,
+)
 from .engine.stop import StopRequest
 from .objective.host_batch import on_host, stacked
 from .objective.objective import Signals
@@ -469,9 +476,12 @@ class DistillTrainer(ObjectiveTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         zero: Any = self.args.hf_deepspeed_config
         universal = zero.config.get("checkpoint", {}).get("load_universal", False)
-        if checkpoint is not None and universal and zero.config["zero_optimization"]["stage"] == 3:
-            engine: Any = self.model_wrapped
+        if checkpoint is None or not universal:
+            return
+        engine: Any = self.model_wrapped
+        if zero.config["zero_optimization"]["stage"] == 3:
             separate_groups(engine.optimizer.optimizer, Path(checkpoint))
+        own_steps(engine.optimizer.optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Random states are saved per rank; under another number of ranks all start anew from seed and step."""
@@ -504,6 +514,7 @@ class _StepEnds(TrainerCallback):
         if self._trainer.is_deepspeed_enabled:
             keep_gradient_norm(self._trainer.model_wrapped)
             reduce_in_parts(self._trainer.model_wrapped)
+            record_reduced(self._trainer.model_wrapped)
         if not state.global_step:
             self._trainer.begin()
 

@@ -64,7 +64,8 @@ def check_device(wanted: str) -> None:
     """Warn of a GPU that is here and that torch does not see.
 
     Raises:
-        UserError: ``wanted`` is cuda and torch sees none, or cpu and it sees one.
+        UserError: ``wanted`` is cuda and torch sees none, or cpu and it sees one; a launcher has started several ranks
+            for GPUs that torch does not see: they would train on the CPU for weeks.
     """
     seen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if wanted == "cpu" and seen is not None:
@@ -78,6 +79,8 @@ def check_device(wanted: str) -> None:
     reason = "CUDA_VISIBLE_DEVICES hides all" if is_hidden else _why_unseen()
     if wanted == "cuda":
         raise no_gpu(reason)
+    if GPU.exists() and not is_hidden and world_size() > 1:
+        raise UserError(f"device: this machine has a GPU, but torch does not see it: {reason}; or set device: cpu")
     if GPU.exists() and not is_hidden:
         log.warning(
             "device: everything runs on the CPU, although this machine has a GPU: %s; set device: cpu to confirm",

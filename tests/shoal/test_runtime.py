@@ -188,6 +188,20 @@ def test_a_gpu_that_torch_does_not_see_is_told_with_its_driver(
         check_device("cuda")
 
 
+def test_ranks_of_a_launcher_do_not_train_on_the_cpu_beside_gpus_that_torch_does_not_see(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        UserError, match=f"^device: this machine has a GPU, but torch does not see it: {UNSEEN}; or set"
+    ):
+        check_device("auto")
+    check_device("cpu")
+    (machine / "nvidia0").unlink()
+    check_device("auto")
+
+
 def test_without_a_gpu_nothing_is_said_unless_the_recipe_insists(
     machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,36 @@ def spoil_gradient(step: int) -> None:
         return loss
 
     DistillTrainer.compute_loss = spoilt  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def fake_streams() -> None:
+    """Let DeepSpeed believe in streams, as on a GPU, and end this rank where a gradient above its bucket is let go that
+    no stream was recorded for."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    class Stream:
+        def wait_stream(self, _other: object) -> None: ...
+        def wait_event(self, _event: object) -> None: ...
+        def synchronize(self) -> None: ...
+
+    usual, accelerator, recorded = Stream(), type(get_accelerator()), set[int]()
+    for name, own in {
+        "Stream": lambda _self: Stream(),
+        "current_stream": lambda _self, *_: usual,
+        "stream": lambda _self, _stream: nullcontext(),
+        "resolves_data_dependency": lambda _self: False,
+        "is_synchronized_device": lambda _self: False,
+    }.items():
+        setattr(accelerator, name, own)
+    torch.Tensor.record_stream = lambda self, _stream: recorded.add(self.untyped_storage().data_ptr())  # pyright: ignore
+    clear = DeepSpeedZeroOptimizer.clear_grad_attribute
+
+    def checked(optimizer: Any, parameter: Any) -> None:
+        gradient = optimizer.get_param_gradient_attribute(parameter)
+        if gradient is not None and parameter.numel() > optimizer.reduce_bucket_size:
+            assert gradient.untyped_storage().data_ptr() in recorded, "a gradient is let go while it is added up"
+            (Path.cwd() / f"seen-{os.environ['RANK']}").touch()
+        clear(optimizer, parameter)
+
+    DeepSpeedZeroOptimizer.clear_grad_attribute = checked

@@ -27,6 +27,7 @@ from training_runs import (
     all_of,
     ask_of_all_rows,
     checkpointed_weights,
+    fake_streams,
     finished,
     mask_labels_of_rows,
     recipe,
@@ -498,3 +499,10 @@ def test_two_ranks_under_zero_3_sample_the_same_text_as_one(on_policy, teacher, 
     sharded = finished(run(recipe(tmp_path, teacher, cut, **settings), ranks=2))
     same(sharded, on_policy, ["jsd", "hidden_states"])
     assert samples_of(sharded) == samples_of(on_policy)
+
+
+def test_no_gradient_is_let_go_while_another_stream_adds_it_up(teacher, cut, tmp_path):
+    zero = {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1_500}}
+    path = recipe(tmp_path, teacher, cut, deepspeed=zero, batch_size=6, num_tokens=768)
+    finished(run(path, ranks=3, before=fake_streams))
+    assert sorted(file.name for file in tmp_path.glob("seen-*")) == ["seen-0", "seen-1", "seen-2"]

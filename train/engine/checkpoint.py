@@ -190,9 +190,17 @@ def separate_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     saved = torch.load(checkpoint / UNIVERSAL / "zero" / "optimizer_state.pt", weights_only=False)["param_groups"]
     for group, settings in zip(optimizer.param_groups, saved, strict=True):
         group.update({key: value for key, value in settings.items() if key != "params"})
-    for state in optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+
+
+def own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter's state a `step` of its own after DeepSpeed has loaded the universal form, where a kernel
+    that updates on the device looks for it: as torch's load_state_dict does, and DeepSpeed does not."""
+    for group in optimizer.param_groups:
+        on_device = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if torch.is_tensor(step := state.get("step")):
+                state["step"] = step.detach().clone().to(parameter.device if on_device else step.device)
 
 
 def remove_older(folder: Path, *, keep: int) -> None:

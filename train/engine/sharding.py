@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -130,6 +130,22 @@ def reduce_in_parts(engine: Any) -> None:
     a time, and on one rank none, as the estimate of memory counts it."""
     engine.enable_backward_allreduce = engine.dp_world_size > 1 or engine.zero_optimization()
     engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=REDUCED_AT_ONCE)
+
+
+def record_reduced(engine: Any) -> None:
+    """Let the memory of a gradient that ranks add up on a stream of its own wait for that stream.
+
+    At ZeRO 1 and 2 with overlap_comm a gradient larger than the bucket is divided in place there and let go at once;
+    DeepSpeed 0.19.8 records the stream for it only where the optimizer is offloaded.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    def record(tensor: Tensor, stream: Any) -> None:
+        if not get_accelerator().resolves_data_dependency():
+            tensor.record_stream(stream)
+
+    if getattr(engine.optimizer, "overlap_comm", False) and hasattr(engine.optimizer, "_record_gradient_stream"):
+        engine.optimizer._record_gradient_stream = record
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from shoal.train.engine.checkpoint import (
     commit,
     last_complete,
     needs_universal,
+    own_steps,
     remove_older,
     removed_unless_complete,
     separate_groups,
@@ -207,9 +208,21 @@ def test_groups_that_deepspeed_mixed_up_are_apart_again(tmp_path):
     for weight in weights:
         optimizer.state[weight] = {"step": step, "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
     separate_groups(optimizer, tmp_path)
+    own_steps(optimizer)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
     for weight in weights:
         weight.grad = torch.ones(2)
     optimizer.step()
     assert [optimizer.state[weight]["step"].item() for weight in weights] == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("where", ["fused", "capturable", None])
+def test_steps_lie_where_a_kernel_on_the_device_looks_for_them(where):
+    weight = torch.nn.Parameter(torch.empty(2, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    if where is not None:
+        optimizer.param_groups[0][where] = True
+    optimizer.state[weight] = {"step": torch.tensor(4.0), "exp_avg": torch.empty(2, device="meta")}
+    own_steps(optimizer)
+    assert optimizer.state[weight]["step"].device.type == ("cpu" if where is None else "meta")
