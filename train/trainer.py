@@ -40,6 +40,7 @@ from shoal.recipe.losses import term_names
 from shoal.recipe.trainer_arguments import OURS, refuse_warmup
 from shoal.runtime import barrier, free_memory, seed_everything, together
 from shoal.runtime import device as own_device
+from shoal.stopping import ORPHAN_S, SAVE_S, needs
 
 from .callbacks import Scorer, Watcher
 from .curves import CurveRow, LossGuard, judged_norm, numbers, refuse_step
@@ -69,6 +70,8 @@ log = logging.getLogger(__name__)
 
 INPUTS = ("input_ids", "position_ids", "labels")
 """Planes that the student's forward takes of a batch; the teacher may read more."""
+STEPS_AWAITED = 4
+"""Usual steps that one may take, with what is saved after it, where nobody waits for this rank any more."""
 OBJECTIVE_FILE = "objective.json"
 """File of what loss terms keep between steps, inside a checkpoint."""
 ROW_FILE = "curves.json"
@@ -431,6 +434,7 @@ class DistillTrainer(ObjectiveTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.finish_saving()
+        needs(SAVE_S)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main() and folder.exists():  # an unfinished or damaged one of an earlier life
             shutil.rmtree(folder)
@@ -466,11 +470,13 @@ class DistillTrainer(ObjectiveTrainer):
         if folder is None:
             return
         assert self._writer is not None
+        needs(SAVE_S)
         saving = doing(f"saving {folder.name}")
         with removed_unless_complete(folder), explained_disk_errors(folder), saving:
             commit(folder, self._identity, zero_stage=self.spec.deepspeed.stage, written=self._writer.wait())
         if is_main():
             remove_older(folder.parent, keep=kept_checkpoints(self.spec.settings))
+        needs(ORPHAN_S)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -517,6 +523,10 @@ class _StepEnds(TrainerCallback):
             record_reduced(self._trainer.model_wrapped)
         if not state.global_step:
             self._trainer.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = self._trainer.row.seconds / max(1, state.global_step)
+        needs(max(ORPHAN_S, STEPS_AWAITED * seconds))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._trainer.is_deepspeed_enabled:

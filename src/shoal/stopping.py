@@ -28,7 +28,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED_BY = "SHOAL_LAUNCHED_BY"
 """Variable of a launched process: the process number of the `shoal` that started the launcher."""
 ORPHAN_S = 8
-"""Seconds that a rank without its launcher may take to finish its step and save."""
+"""Seconds that a rank without its launcher has before it is ended, unless it needs more (`needs`)."""
 SAVE_S = 1800
 """Seconds that ranks may take for that when they are asked to stop: two checkpoints of 100 GB on a slow disk."""
 QUIET_S = 5
@@ -205,7 +205,8 @@ def watch_launcher() -> None:
     """From now on, end this process when the launcher that started it as a rank is gone, as SIGTERM would.
 
     A killed launcher leaves its ranks as orphans that hold the run directory and the devices. A rank that is stuck in a
-    collective, whose other side is gone, is ended after ORPHAN_S.
+    collective, whose other side is gone, is ended after ORPHAN_S, or after the time that its step or save needs. The
+    runner of plain `deepspeed` is gone at the first Ctrl-C, while its ranks have yet to save.
     """
     if "LOCAL_RANK" in os.environ:
         threading.Thread(target=_watch, daemon=True).start()
@@ -219,8 +220,20 @@ def _watch() -> None:
         while all(_alive(process) for process in launcher):
             time.sleep(0.2)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_S)
+    orphaned = time.monotonic()
+    while time.monotonic() < max(orphaned + ORPHAN_S, _NEEDED["until"]):
+        time.sleep(0.2)
     os._exit(128 + signal.SIGTERM)
+
+
+_NEEDED = {"until": 0.0}
+"""On the monotonic clock, when this process will have done what it does now."""
+
+
+def needs(seconds: float) -> None:
+    """Say that what this process does now takes so many ``seconds`` at most: it is not ended before, if its launcher
+    is gone."""
+    _NEEDED["until"] = time.monotonic() + seconds
 
 
 def _launcher_processes() -> list[psutil.Process]:

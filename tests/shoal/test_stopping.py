@@ -17,6 +17,7 @@ import pytest
 from ranks import Shoal, wait_for
 from training_runs import MANY_STEPS, write_recipe
 
+from shoal.ranks import free_port
 from shoal.stopping import LAUNCHED_BY, Forked, _alive, on_stop, run_launcher
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,37 @@ def test_ranks_that_outlive_their_launcher_are_ended(
     assert run_launcher(command, os.environ, ranks="a.rank", is_done=bool) == (code or 1, None)
     pid = int(number.read_text())
     wait_for(lambda: not psutil.pid_exists(pid) or not _alive(psutil.Process(pid)), "the rank to end", 5)
+
+
+SAVING_RANK = """
+import os, sys, time
+from pathlib import Path
+from shoal.ranks import free_port
+from shoal.stopping import SAVE_S, needs, on_stop, watch_launcher
+
+rank, asked = os.environ["RANK"], []
+watch_launcher()
+with on_stop(asked.append):
+    Path(f"ready-{rank}").touch()
+    while not asked:
+        time.sleep(0.05)
+    needs(SAVE_S)
+    time.sleep(12)
+    Path(f"saved-{rank}").touch()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_of_plain_deepspeed_finish_a_long_save_after_ctrl_c(tmp_path: Path) -> None:
+    """Its runner ends at once, and its ranks notice that they have no launcher any more."""
+    (tmp_path / "rank.py").write_text(SAVING_RANK)
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    command = [deepspeed, "--num_gpus", "2", "--master_port", str(free_port()), "rank.py"]
+    runner = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "the ranks", 120)
+    os.killpg(runner.pid, signal.SIGINT)
+    runner.wait(timeout=60)
+    wait_for(lambda: len(list(tmp_path.glob("saved-*"))) == 2, "both saves", 40)
 
 
 def test_a_fork_is_what_it_is_told_to_be(tmp_path: Path) -> None:

@@ -292,11 +292,11 @@ def fake_streams() -> None:
     torch.Tensor.record_stream = lambda self, _stream: recorded.add(self.untyped_storage().data_ptr())  # pyright: ignore
     clear = DeepSpeedZeroOptimizer.clear_grad_attribute
 
-    def checked(optimizer: Any, parameter: Any) -> None:
-        gradient = optimizer.get_param_gradient_attribute(parameter)
-        if gradient is not None and parameter.numel() > optimizer.reduce_bucket_size:
+    def checked(self: Any, param: Any) -> None:
+        gradient = self.get_param_gradient_attribute(param)
+        if gradient is not None and param.numel() > self.reduce_bucket_size:
             assert gradient.untyped_storage().data_ptr() in recorded, "a gradient is let go while it is added up"
             (Path.cwd() / f"seen-{os.environ['RANK']}").touch()
-        clear(optimizer, parameter)
+        clear(self, param)
 
     DeepSpeedZeroOptimizer.clear_grad_attribute = checked

@@ -140,8 +140,10 @@ def record_reduced(engine: Any) -> None:
     """
     from deepspeed.accelerator import get_accelerator
 
+    accelerator: Any = get_accelerator()
+
     def record(tensor: Tensor, stream: Any) -> None:
-        if not get_accelerator().resolves_data_dependency():
+        if not accelerator.resolves_data_dependency():
             tensor.record_stream(stream)
 
     if getattr(engine.optimizer, "overlap_comm", False) and hasattr(engine.optimizer, "_record_gradient_stream"):
