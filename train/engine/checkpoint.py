@@ -195,12 +195,11 @@ def separate_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
 def own_steps(optimizer: torch.optim.Optimizer) -> None:
     """Give each parameter's state a `step` of its own after DeepSpeed has loaded the universal form, where a kernel
     that updates on the device looks for it: as torch's load_state_dict does, and DeepSpeed does not."""
-    for group in optimizer.param_groups:
-        on_device = group.get("fused") or group.get("capturable")
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if torch.is_tensor(step := state.get("step")):
-                state["step"] = step.detach().clone().to(parameter.device if on_device else step.device)
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():  # ZeRO 3 lists in its groups only what it steps at the moment
+        step = state.get("step")
+        if torch.is_tensor(step):
+            state["step"] = step.detach().clone().to(parameter.device if on_device else step.device)
 
 
 def remove_older(folder: Path, *, keep: int) -> None:
